@@ -1,0 +1,57 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "kernels/label_logits.cuh"
+#include "launch/dtype.cuh"
+#include "launch/heuristics.h"
+#include "launch/launch.h"
+
+namespace cce {
+
+template <DType kDType, typename Index>
+void enqueue_label_logits(const LabelLogitsParams& p, const LabelLogitsPlan& plan, cudaStream_t stream) {
+  using Element = typename TypesOf<kDType>::Element;
+  using Accumulator = typename TypesOf<kDType>::Accumulator;
+  LabelLogitsArguments<Element, Accumulator, Index> a;
+  a.e = static_cast<const Element*>(p.e);
+  a.c = static_cast<const Element*>(p.c);
+  a.bias = static_cast<const Element*>(p.bias);
+  a.targets = static_cast<const Index*>(p.targets);
+  a.out = static_cast<Accumulator*>(p.out);
+  a.n = p.n;
+  a.d = p.d;
+  a.v = p.v;
+  a.e_row_stride = p.e_row_stride;
+  a.c_row_stride = p.c_row_stride;
+  a.bias_stride = p.bias_stride;
+  a.target_stride = p.target_stride;
+  a.ignore_index = p.ignore_index;
+  a.softcap = static_cast<Accumulator>(p.softcap);
+  if (plan.vector_loads) {
+    constexpr int kCount = kLabelLogitsVectorBytes / static_cast<int>(sizeof(Element));
+    label_logits_kernel<Element, Accumulator, Index, kCount>
+        <<<plan.blocks, kLabelLogitsThreads, 0, stream>>>(a);
+  } else {
+    label_logits_kernel<Element, Accumulator, Index, 1><<<plan.blocks, kLabelLogitsThreads, 0, stream>>>(a);
+  }
+}
+
+template <DType kDType>
+const char* launch_label_logits(const LabelLogitsParams& params, int device, void* stream) {
+  if (params.n == 0) return nullptr;
+  // torch's device guard sets the device of torch's CUDA runtime; the static one linked here keeps its own.
+  cudaError_t error = cudaSetDevice(device);
+  if (error == cudaSuccess) {
+    const LabelLogitsPlan plan = plan_label_logits(params);
+    if (params.targets_are_int64) {
+      enqueue_label_logits<kDType, int64_t>(params, plan, static_cast<cudaStream_t>(stream));
+    } else {
+      enqueue_label_logits<kDType, int32_t>(params, plan, static_cast<cudaStream_t>(stream));
+    }
+    error = cudaGetLastError();
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace cce

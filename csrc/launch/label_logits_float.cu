@@ -1,0 +1,8 @@
+#include "launch/label_logits.cuh"
+
+namespace cce {
+
+template const char* launch_label_logits<DType::kFloat32>(const LabelLogitsParams&, int, void*);
+template const char* launch_label_logits<DType::kFloat64>(const LabelLogitsParams&, int, void*);
+
+}  // namespace cce

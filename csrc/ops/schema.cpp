@@ -1,0 +1,25 @@
+#include <torch/csrc/stable/library.h>
+
+// Every operator's signature. The kernels that are not in csrc/ops are registered from Python
+// (cce_ext/ops.py).
+STABLE_TORCH_LIBRARY(cce, m) {
+  m.def(
+      "linear_cross_entropy(Tensor e, Tensor c, Tensor targets, Tensor? bias=None, SymInt ignore_index=-100, "
+      "float? softcap=None, str reduction=\"mean\", SymInt shift=0, float? filter_eps=-1.0, "
+      "bool filter_e_grad=True, bool filter_c_grad=True, str impl=\"cce\") -> Tensor");
+  m.def(
+      "lce_forward(Tensor e, Tensor c, Tensor? bias, Tensor targets, Tensor? seed, *, "
+      "SymInt ignore_index=-100, float? softcap=None, str method=\"sampled\", float eps=0.0078125, "
+      "bool filter_e=True, bool filter_c=True, bool need_map=True) "
+      "-> (Tensor nll, Tensor lse, Tensor tile_map)");
+  m.def(
+      "lce_backward(Tensor? g_nll, Tensor? g_lse, Tensor e, Tensor c, Tensor? bias, Tensor targets, "
+      "Tensor nll, Tensor lse, Tensor tile_map, Tensor? seed, *, "
+      "SymInt ignore_index=-100, float? softcap=None, str method=\"sampled\", float eps=0.0078125, "
+      "bool filter_e=True, bool filter_c=True, bool need_e=True, bool need_c=True, bool need_bias=False) "
+      "-> (Tensor grad_e, Tensor grad_c, Tensor grad_bias)");
+  m.def(
+      "label_logits(Tensor e, Tensor c, Tensor? bias, Tensor targets, *, "
+      "SymInt ignore_index=-100, float? softcap=None) -> Tensor");
+  m.def("build_info() -> str");
+}

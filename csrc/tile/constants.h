@@ -1,0 +1,10 @@
+#pragma once
+
+namespace cce {
+
+// Width of a vocab tile: the unit in which the backward visits or skips columns, and a row of the tile map.
+constexpr int kTileColumns = 128;
+
+constexpr int kWarpLanes = 32;
+
+}  // namespace cce

@@ -1,0 +1,78 @@
+"""Runs CMake, which knows every source and flag, and tags the wheel. Everything else is in pyproject.toml."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import ExecError, SetupError
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "build_backend"))
+from cce_build import find_torch  # noqa: E402
+
+
+def parallel_jobs() -> int:
+    jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    if not jobs.isdecimal() or int(jobs) < 1:
+        raise SetupError(f"MAX_JOBS must be a positive integer, but is {jobs!r}")
+    return int(jobs)
+
+
+def run_cmake(step: str, *arguments: str) -> None:
+    command = ["cmake", *arguments]
+    print("+", *command, flush=True)
+    try:
+        code = subprocess.run(command, check=False).returncode
+    except FileNotFoundError:
+        raise ExecError("cmake was not found: pip install 'cmake>=3.24'") from None
+    if code:
+        raise ExecError(f"CMake's {step} step failed (exit code {code}): its message is above")
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext):
+        jobs = parallel_jobs()
+        try:
+            torch = find_torch()
+        except RuntimeError as error:
+            raise SetupError(str(error)) from None
+        if torch is None:
+            raise SetupError("there is no torch >= 2.10 to build against: install it, or set CCE_TORCH_DIR")
+        library = Path(self.get_ext_fullpath(ext.name)).resolve()
+        ninja = shutil.which("ninja")
+        build = Path(self.build_temp).resolve() / ("cmake-ninja" if ninja else "cmake-make")
+        arguments = [
+            f"-S{ROOT}",
+            f"-B{build}",
+            f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            f"-DCCE_TORCH_DIR={torch}",
+            f"-DCCE_OUTPUT_DIR={library.parent}",
+            f"-DCCE_OUTPUT_NAME={library.name}",
+            f"-DCCE_CUDA={os.environ.get('CCE_CUDA') or 'AUTO'}",
+        ]
+        # The build folder outlives this run, so what an earlier one cached is set again or dropped: ninja may
+        # have been in a pip environment that is gone, and another CUDA compiler may be wanted.
+        if ninja:
+            arguments += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        architectures = os.environ.get("CCE_CUDA_ARCHS")
+        arguments.append(f"-DCCE_CUDA_ARCHS={architectures}" if architectures else "-UCCE_CUDA_ARCHS")
+        arguments.append("-UCMAKE_CUDA_COMPILER")
+        run_cmake("configure", *arguments)
+        run_cmake("build", "--build", str(build), "--parallel", str(jobs))
+
+
+class Wheel(bdist_wheel):
+    def get_tag(self):
+        # The library holds no Python symbol, so one wheel serves every Python.
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[Extension("cce_ext._C", [], py_limited_api=True)],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
+)

@@ -1,0 +1,201 @@
+"""The build: what it says when it cannot be done, and what the library it makes holds."""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+needs_cmake = pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
+
+
+# ---- the build's errors ----
+
+
+def configure(tmp_path, *options, **environment) -> tuple[int, str]:
+    """Exit code and output, its line breaks flattened, of a CMake configuration with these variables only."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("CUDACXX", "CUDA_HOME", "CUDA_PATH")}
+    done = subprocess.run(
+        ["cmake", f"-S{ROOT}", f"-B{tmp_path}", *options],
+        env={**kept, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+
+@needs_cmake
+@pytest.mark.parametrize("variable", ["CUDACXX", "CUDA_HOME", "CUDA_PATH"])
+def test_cuda_on_without_nvcc(tmp_path, variable):
+    code, output = configure(tmp_path, "-DCCE_CUDA=ON", **{variable: "/nonexistent/cuda"})
+    assert code != 0
+    assert "CCE_CUDA=ON, but no CUDA compiler was found" in output
+    assert f"{variable} is '/nonexistent/cuda'" in output
+    assert "set CCE_CUDA=OFF" in output
+
+
+@needs_cmake
+@pytest.mark.parametrize("value", ["maybe", "on", "1", "ONN"])
+def test_bad_cce_cuda(tmp_path, value):
+    code, output = configure(tmp_path, f"-DCCE_CUDA={value}")
+    assert code != 0
+    assert f"CCE_CUDA must be AUTO, ON or OFF, but is '{value}'" in output
+
+
+@needs_cmake
+@pytest.mark.parametrize("value", ["80;sm_90", "80,,x", "80;-1"])
+def test_bad_cce_cuda_archs(tmp_path, value):
+    code, output = configure(tmp_path, f"-DCCE_CUDA_ARCHS={value}")
+    assert code != 0
+    assert "CCE_CUDA_ARCHS must be a list" in output
+
+
+def test_setup_reports_the_reason(tmp_path):
+    """What pip shows: setup.py's own error comes last, after CMake's."""
+    if importlib.util.find_spec("setuptools.command.bdist_wheel") is None:
+        pytest.skip("this setuptools is too old to build the package: pip isolates the build from it")
+
+    def build(**environment):
+        done = subprocess.run(
+            [sys.executable, "setup.py", "build_ext", f"--build-temp={tmp_path}", f"--build-lib={tmp_path}"],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode != 0
+        return " ".join((done.stdout + done.stderr).split())
+
+    assert "CCE_TORCH_DIR must be the folder of torch >= 2.10" in build(CCE_TORCH_DIR=str(tmp_path))
+    assert "MAX_JOBS must be a positive integer, but is 'many'" in build(MAX_JOBS="many")
+    if shutil.which("cmake"):
+        output = build(CCE_CUDA="maybe")
+        assert "but is 'maybe'" in output
+        assert output.endswith("CMake's configure step failed (exit code 1): its message is above")
+
+
+# ---- the build backend ----
+
+
+@pytest.fixture
+def backend():
+    pytest.importorskip("setuptools")
+    spec = importlib.util.spec_from_file_location("cce_build", ROOT / "build_backend" / "cce_build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def fake_torch(folder: Path, major: int, minor: int) -> Path:
+    header = folder / "torch/include/torch/headeronly/version.h"
+    header.parent.mkdir(parents=True)
+    header.write_text(f"#define TORCH_VERSION_MAJOR {major}\n#define TORCH_VERSION_MINOR {minor}\n")
+    (folder / "torch/lib").mkdir()
+    (folder / "torch/lib/libtorch_cpu.so").touch()
+    return folder / "torch"
+
+
+def test_installed_torch_is_not_downloaded(backend):
+    assert backend.find_torch() is not None
+    assert not [r for r in backend.extra_requirements() if r.startswith("torch")]
+
+
+def test_missing_or_old_torch_is_downloaded(backend, tmp_path, monkeypatch):
+    monkeypatch.delenv("CCE_TORCH_DIR", raising=False)
+    for hook in ("get_requires_for_build_wheel", "get_requires_for_build_editable"):
+        monkeypatch.setattr(backend._setuptools, hook, lambda settings: [])
+    old = fake_torch(tmp_path, 2, 9)
+    for folders in ([], [tmp_path / "none"], [old]):
+        monkeypatch.setattr(backend, "_candidate_folders", lambda folders=folders: folders)
+        assert "torch>=2.10" in backend.extra_requirements()
+        assert "torch>=2.10" in backend.get_requires_for_build_wheel()
+        assert "torch>=2.10" in backend.get_requires_for_build_editable()
+    new = fake_torch(tmp_path / "new", 3, 0)
+    monkeypatch.setattr(backend, "_candidate_folders", lambda: [old, new])
+    assert backend.find_torch() == new
+
+
+def test_torch_hidden_by_isolation_is_found(backend, tmp_path, monkeypatch):
+    """In pip's isolated environment torch cannot be imported; the environment's folders still lead to it."""
+    monkeypatch.delenv("CCE_TORCH_DIR", raising=False)
+    torch = fake_torch(tmp_path, 2, 11)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backend.sysconfig, "get_path", lambda key: str(tmp_path))
+    assert backend.find_torch() == torch
+
+
+def test_torch_dir_override(backend, tmp_path, monkeypatch):
+    torch = fake_torch(tmp_path, 2, 12)
+    monkeypatch.setenv("CCE_TORCH_DIR", str(torch))
+    assert backend.find_torch() == torch
+    monkeypatch.setenv("CCE_TORCH_DIR", str(fake_torch(tmp_path / "old", 2, 9)))
+    with pytest.raises(RuntimeError, match=r"CCE_TORCH_DIR must be .* torch >= 2\.10, but .* has torch 2\.9"):
+        backend.find_torch()
+
+
+# ---- the built library ----
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    import cce_ext
+
+    return Path(cce_ext.__file__).with_name("_C.abi3.so")
+
+
+def symbols(library: Path, *options: str) -> list[str]:
+    if shutil.which("nm") is None:
+        pytest.skip("nm (binutils) is not installed")
+    listing = subprocess.run(["nm", "-D", *options, str(library)], capture_output=True, text=True, check=True)
+    return [line.split()[-1].split("@")[0] for line in listing.stdout.splitlines()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="nm -D reads ELF files")
+class TestSymbols:
+    def test_exports_nothing(self, library):
+        assert symbols(library, "--defined-only") == []
+
+    def test_needs_neither_python_nor_cuda(self, library):
+        wanted = symbols(library, "--undefined-only")
+        assert any(name.startswith("aoti_torch_") for name in wanted)
+        # cudart is linked statically and finds the driver itself; libtorch_cuda is looked up when it is there
+        assert not [name for name in wanted if re.match(r"_?Py[A-Z_]|cuda[A-Z]|cu[A-Z]", name)]
+
+    def test_uses_only_the_stable_abi_of_torch(self, library):
+        mangled = [name for name in symbols(library, "--undefined-only") if name.startswith("_Z")]
+        assert not [name for name in mangled if re.search(r"c10|2at|5torch", name)]
+
+    def test_loads_only_libtorch_cpu(self, library):
+        if shutil.which("readelf") is None:
+            pytest.skip("readelf (binutils) is not installed")
+        dynamic = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True)
+        needed = re.findall(r"NEEDED.*\[(.*)\]", dynamic.stdout)
+        assert [name for name in needed if re.search("torch|cu|python", name)] == ["libtorch_cpu.so"]
+        assert "RPATH" not in dynamic.stdout and "RUNPATH" not in dynamic.stdout
+
+
+def test_build_info(library):
+    import torch
+
+    info = json.loads(torch.ops.cce.build_info())
+    assert set(info) == {"cuda", "cuda_version", "cuda_archs", "torch_built_with", "torch_target", "compiler"}
+    assert info["torch_target"] == "2.10"
+    assert info["cuda"] == bool(info["cuda_archs"]) == (info["cuda_version"] is not None)
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", info["torch_built_with"])
+
+
+def test_wheel_tag(library):
+    """Installed from a wheel that serves every Python of this platform."""
+    metadata = importlib.metadata.distribution("cce_ext").read_text("WHEEL")
+    assert re.findall(r"^Tag: (.*)$", metadata, re.MULTILINE)[0].startswith("py3-none-")
+    assert "Root-Is-Purelib: false" in metadata
+    assert "Tag: py3-none-any" not in metadata
