@@ -1,0 +1,9 @@
+"""Cut cross-entropy: the loss layer of large-vocabulary language models, without the logits."""
+
+from .api import LinearCrossEntropy, compute_z_loss, linear_cross_entropy
+from .methods import IMPLS
+from .ops import HAS_CUDA
+
+__version__ = "0.1.0"
+
+__all__ = ["HAS_CUDA", "IMPLS", "LinearCrossEntropy", "__version__", "compute_z_loss", "linear_cross_entropy"]

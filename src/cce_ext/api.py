@@ -1,0 +1,312 @@
+"""The loss as users call it: a function, a module, and cce::linear_cross_entropy, which is the same as an operator."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from . import reference
+from .checks import check_inputs, check_options, check_shift, check_target_range
+from .methods import DENSE, choose
+from .ops import autocast_inputs, register_composite
+
+FilterEps = float | Literal["auto"] | None
+
+# One int64 holds all the randomness of a call; 2^63 - 1 is the widest range torch.randint takes.
+_SEEDS = 2**63 - 1
+
+
+@overload
+def linear_cross_entropy(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = ...,
+    ignore_index: int = ...,
+    softcap: float | None = ...,
+    reduction: str = ...,
+    shift: bool | int = ...,
+    return_lse: Literal[False] = ...,
+    filter_eps: FilterEps = ...,
+    accum_e_fp32: bool = ...,
+    accum_c_fp32: bool = ...,
+    filter_e_grad: bool = ...,
+    filter_c_grad: bool = ...,
+    impl: str = ...,
+) -> Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = ...,
+    ignore_index: int = ...,
+    softcap: float | None = ...,
+    reduction: str = ...,
+    shift: bool | int = ...,
+    return_lse: bool = ...,
+    filter_eps: FilterEps = ...,
+    accum_e_fp32: bool = ...,
+    accum_c_fp32: bool = ...,
+    filter_e_grad: bool = ...,
+    filter_c_grad: bool = ...,
+    impl: str = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def linear_cross_entropy(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    shift: bool | int = 0,
+    return_lse: bool = False,
+    filter_eps: FilterEps = "auto",
+    accum_e_fp32: bool = False,
+    accum_c_fp32: bool = False,
+    filter_e_grad: bool = True,
+    filter_c_grad: bool = True,
+    impl: str = "cce",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross-entropy of the linear classifier e @ c.T + bias, without its logits.
+
+    Args:
+        e: embeddings [.., D], bf16, fp16, fp32 or fp64.
+        c: classifier [V, D], e's dtype and device (under autocast e, c and bias are cast).
+        targets: [..] int32 or int64, in [0, V) or ignore_index.
+        bias: [V] or None.
+        ignore_index: tokens with this target count for nothing: loss and lse 0, no gradient.
+        softcap: logits become softcap * tanh(logits / softcap).
+        reduction: "mean" over the tokens that count (NaN if there are none), "sum", or "none".
+        shift: the loss of position t uses targets[.., t + shift]; in [0, T), T the targets' last dimension. True is 1.
+        return_lse: return (loss, lse); both are differentiable.
+        filter_eps: the method's own eps. For "cce" the sampling eps in (0, 0.5], "auto" = 2^-7: a token's gradient
+            visits at most 1/eps vocab tiles in expectation; smaller is closer to exact and dearer. For "cce_threshold"
+            the threshold in (0, 1), "auto" = finfo(dtype).eps / 32. None is the exact gradient.
+        accum_e_fp32, accum_c_fp32: accepted for compatibility. Gradients are always summed in fp32 (fp64 for fp64
+            inputs) and rounded once.
+        filter_e_grad, filter_c_grad: False computes that side's gradient (e's; c's and bias's) exactly.
+        impl: "cce" (sampled gradient, unbiased), "cce_exact", "cce_threshold" (the paper's filter; biased),
+            "cce_kahan", "cce_kahan_full_c", "cce_kahan_full_e" (as "cce"; full_c: c's gradient exact; full_e: e's),
+            "torch_compile" and "reference" (dense torch, which holds the logits; filter options have no effect).
+
+    Returns:
+        loss, fp32 (fp64 for fp64 inputs): a scalar, or [.., T - shift] for "none". With return_lse also
+        lse = log sum exp of the logits, [.., T - shift], same dtype.
+
+    Raises:
+        TypeError: a dtype that is not supported or differs from e's. ValueError: shapes, devices or options.
+        IndexError: on the CPU, a target out of range (on CUDA its loss is NaN, and CCE_DEBUG=1 raises).
+        RuntimeError: a CUDA tensor in a build without CUDA kernels.
+
+    Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (2024); sampling: docs/design.md.
+    """
+    loss, lse = _loss_and_lse(
+        e,
+        c,
+        targets,
+        bias,
+        ignore_index,
+        softcap,
+        reduction,
+        shift,
+        filter_eps,
+        filter_e_grad,
+        filter_c_grad,
+        impl,
+    )
+    return (loss, lse) if return_lse else loss
+
+
+class LinearCrossEntropy(nn.Module):
+    """linear_cross_entropy with its options bound. Holds no parameters: e, c and bias come with the call."""
+
+    def __init__(
+        self,
+        ignore_index: int = -100,
+        softcap: float | None = None,
+        reduction: str = "mean",
+        shift: bool | int = 0,
+        return_lse: bool = False,
+        filter_eps: FilterEps = "auto",
+        accum_e_fp32: bool = False,
+        accum_c_fp32: bool = False,
+        filter_e_grad: bool = True,
+        filter_c_grad: bool = True,
+        impl: str = "cce",
+    ) -> None:
+        """Options as in linear_cross_entropy. Raises ValueError for those that no call could take."""
+        super().__init__()
+        check_options(reduction, softcap)
+        if impl not in DENSE:
+            choose(impl, filter_eps, filter_e_grad, filter_c_grad, torch.float32)
+        self.options: dict[str, Any] = {
+            "ignore_index": ignore_index,
+            "softcap": softcap,
+            "reduction": reduction,
+            "shift": shift,
+            "return_lse": return_lse,
+            "filter_eps": filter_eps,
+            "accum_e_fp32": accum_e_fp32,
+            "accum_c_fp32": accum_c_fp32,
+            "filter_e_grad": filter_e_grad,
+            "filter_c_grad": filter_c_grad,
+            "impl": impl,
+        }
+
+    def forward(
+        self, e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """e [.., D], c [V, D], targets [..], bias [V]: returns and raises as linear_cross_entropy."""
+        out: Tensor | tuple[Tensor, Tensor] = linear_cross_entropy(e, c, targets, bias, **self.options)
+        return out
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def compute_z_loss(
+    lse: Tensor,
+    targets: Tensor | None = None,
+    shift: bool | int = 0,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    """The z-loss lse^2, which keeps the softmax's normaliser near 1 (PaLM, Chowdhery et al., 2022, section 5).
+
+    Args:
+        lse: [.., T - shift], as linear_cross_entropy returns it with the same shift.
+        targets: [.., T] or None. Tokens whose (shifted) target is ignore_index count for nothing.
+        shift, ignore_index, reduction: as given to linear_cross_entropy.
+
+    Returns: a scalar, or lse's shape for "none", in lse's dtype. Raises ValueError for shapes or options.
+    """
+    check_options(reduction, None)
+    z_loss = lse.square()
+    if targets is None:
+        return z_loss.mean() if reduction == "mean" else z_loss.sum() if reduction == "sum" else z_loss
+    shift = check_shift(shift, targets)
+    if shift:
+        targets = targets[..., shift:]
+    if targets.shape != lse.shape:
+        raise ValueError(
+            f"targets: after shift={shift} expected lse's shape {list(lse.shape)}, got {list(targets.shape)}"
+        )
+    counts = targets != ignore_index
+    return _reduce(z_loss.masked_fill(~counts, 0.0), counts, reduction)
+
+
+def _loss_and_lse(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    softcap: float | None,
+    reduction: str,
+    shift: bool | int,
+    filter_eps: FilterEps,
+    filter_e_grad: bool,
+    filter_c_grad: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    e, c, bias = autocast_inputs(e, c, bias)
+    check_inputs(e, c, targets, bias)
+    check_options(reduction, softcap)
+    shift = check_shift(shift, targets)
+    if shift:
+        # e is not cut: the last positions have no label left, which is what ignore_index says.
+        targets = nn.functional.pad(targets[..., shift:], (0, shift), value=ignore_index)
+    shape = targets.shape
+    rows, labels = e.reshape(-1, e.shape[-1]), targets.reshape(-1)
+
+    if impl in DENSE:
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_target_range(labels, len(c), ignore_index)
+        dense = reference.forward if impl == "reference" else _compiled_reference()
+        nll, lse = dense(rows, c, bias, labels, ignore_index, softcap)
+    else:
+        method = choose(impl, filter_eps, filter_e_grad, filter_c_grad, e.dtype)
+        trains = torch.is_grad_enabled() and (
+            e.requires_grad or c.requires_grad or (bias is not None and bias.requires_grad)
+        )
+        seed = None
+        if trains and method.draws:
+            seed = torch.randint(_SEEDS, (1,), device=e.device)
+        nll, lse, _ = torch.ops.cce.lce_forward(
+            rows,
+            c,
+            bias,
+            labels,
+            seed,
+            ignore_index=ignore_index,
+            softcap=softcap,
+            method=method.name,
+            eps=method.eps,
+            filter_e=method.filter_e,
+            filter_c=method.filter_c,
+            need_map=trains and method.needs_map,
+        )
+
+    nll, lse = nll.reshape(shape), lse.reshape(shape)
+    if shift:
+        lse = lse[..., :-shift]
+        nll = nll[..., :-shift] if reduction == "none" else nll
+    return _reduce(nll, targets != ignore_index, reduction), lse
+
+
+def _reduce(values: Tensor, counts: Tensor, reduction: str) -> Tensor:
+    """values must be 0 where counts is False."""
+    if reduction == "none":
+        return values
+    total = values.sum()
+    return total / counts.sum() if reduction == "mean" else total
+
+
+@functools.cache
+def _compiled_reference() -> Callable[..., tuple[Tensor, Tensor]]:
+    compiled: Callable[..., tuple[Tensor, Tensor]] = torch.compile(reference.forward, dynamic=None)
+    return compiled
+
+
+def _operator(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    shift: int = 0,
+    filter_eps: float | None = -1.0,
+    filter_e_grad: bool = True,
+    filter_c_grad: bool = True,
+    impl: str = "cce",
+) -> Tensor:
+    """cce::linear_cross_entropy. A schema's argument has one type, so that here -1 stands for filter_eps "auto"."""
+    return _loss_and_lse(
+        e,
+        c,
+        targets,
+        bias,
+        ignore_index,
+        softcap,
+        reduction,
+        shift,
+        "auto" if filter_eps == -1.0 else filter_eps,
+        filter_e_grad,
+        filter_c_grad,
+        impl,
+    )[0]
+
+
+register_composite(_operator)

@@ -1,0 +1,298 @@
+"""Registers the operators of namespace cce: kernels for devices without their own, fake, autograd and autocast.
+
+Their schemas are in csrc/ops/schema.cpp. linear_cross_entropy is composite: a compiled graph sees lce_forward and
+lce_backward, both functional.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from . import chunked
+from .checks import check_inputs, check_options, check_target_range
+from .methods import check_eps
+
+LIBRARY = Path(__file__).with_name("_C.abi3.so")
+if not LIBRARY.exists():
+    raise ImportError(
+        f"{LIBRARY.name} is missing beside {Path(__file__).name}: this is cce_ext's source, not an installed package; "
+        "run `pip install .` (or `pip install -e .`) in the repository"
+    )
+torch.ops.load_library(str(LIBRARY))
+
+HAS_CUDA: bool = json.loads(torch.ops.cce.build_info())["cuda"]
+
+_library = torch.library.Library("cce", "IMPL")
+
+
+def _check_call(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None) -> None:
+    if e.dim() != 2:
+        raise ValueError(f"e: expected [N, D], got {list(e.shape)}")
+    check_inputs(e, c, targets, bias)
+    check_options("none", softcap)
+
+
+def _check_targets_here(targets: Tensor, c: Tensor, ignore_index: int) -> None:
+    """Where looking at the targets costs no wait for a device, or where CCE_DEBUG=1 asks for it."""
+    if targets.device.type == "cpu" or os.environ.get("CCE_DEBUG") == "1":
+        check_target_range(targets, len(c), ignore_index)
+
+
+def _label_logits(
+    e: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+) -> Tensor:
+    _check_call(e, c, bias, targets, softcap)
+    return chunked.label_logits(e, c, bias, targets, ignore_index, softcap)
+
+
+def _lce_forward(
+    e: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    seed: Tensor | None,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    method: str = "sampled",
+    eps: float = 2.0**-7,
+    filter_e: bool = True,
+    filter_c: bool = True,
+    need_map: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_call(e, c, bias, targets, softcap)
+    check_eps(method, eps, "eps")
+    _check_targets_here(targets, c, ignore_index)
+    label = torch.ops.cce.label_logits(e, c, bias, targets, ignore_index=ignore_index, softcap=softcap)
+    return chunked.lce_forward(
+        e, c, bias, targets, label, ignore_index=ignore_index, softcap=softcap, need_map=need_map
+    )
+
+
+def _lce_backward(
+    g_nll: Tensor | None,
+    g_lse: Tensor | None,
+    e: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    nll: Tensor,
+    lse: Tensor,
+    tile_map: Tensor,
+    seed: Tensor | None,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    method: str = "sampled",
+    eps: float = 2.0**-7,
+    filter_e: bool = True,
+    filter_c: bool = True,
+    need_e: bool = True,
+    need_c: bool = True,
+    need_bias: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_call(e, c, bias, targets, softcap)
+    check_eps(method, eps, "eps")
+    if method != "exact" and tile_map.shape != (chunked.num_tiles(len(c)), len(e)):
+        raise ValueError(
+            f"tile_map: expected [{chunked.num_tiles(len(c))}, {len(e)}], got {list(tile_map.shape)} "
+            "(lce_forward leaves none with need_map=False)"
+        )
+    if method == "sampled" and seed is None:
+        raise ValueError("seed: the sampled method needs one, a [1] int64 tensor, got None")
+    gradients = chunked.lce_backward(
+        g_nll,
+        g_lse,
+        e,
+        c,
+        bias,
+        targets,
+        nll,
+        lse,
+        tile_map,
+        seed,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        method=method,
+        eps=eps,
+        filter_e=filter_e,
+        filter_c=filter_c,
+        need_e=need_e,
+        need_c=need_c,
+        need_bias=need_bias,
+    )
+    d_e, d_c, d_bias = (e.new_empty(0) if g is None else g for g in gradients)
+    return d_e, d_c, d_bias
+
+
+def _label_logits_fake(
+    e: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+) -> Tensor:
+    _check_call(e, c, bias, targets, softcap)
+    return e.new_empty(e.shape[0], dtype=chunked.accumulate_dtype(e))
+
+
+def _lce_forward_fake(
+    e: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    seed: Tensor | None,
+    *,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    method: str = "sampled",
+    eps: float = 2.0**-7,
+    filter_e: bool = True,
+    filter_c: bool = True,
+    need_map: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_call(e, c, bias, targets, softcap)
+    check_eps(method, eps, "eps")
+    n, dtype = e.shape[0], chunked.accumulate_dtype(e)
+    tiles = (chunked.num_tiles(c.shape[0]), n) if need_map else (0, 0)
+    return e.new_empty(n, dtype=dtype), e.new_empty(n, dtype=dtype), e.new_empty(tiles, dtype=torch.bfloat16)
+
+
+def _lce_backward_fake(
+    g_nll: Tensor | None,
+    g_lse: Tensor | None,
+    e: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    nll: Tensor,
+    lse: Tensor,
+    tile_map: Tensor,
+    seed: Tensor | None,
+    *,
+    need_e: bool = True,
+    need_c: bool = True,
+    need_bias: bool = False,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        e.new_empty(e.shape if need_e else (0,)),
+        c.new_empty(c.shape if need_c else (0,)),
+        e.new_empty(c.shape[:1] if need_bias and bias is not None else (0,)),
+    )
+
+
+torch.library.register_fake("cce::label_logits", _label_logits_fake)
+torch.library.register_fake("cce::lce_forward", _lce_forward_fake)
+torch.library.register_fake("cce::lce_backward", _lce_backward_fake)
+
+
+def _save_for_backward(ctx: Any, inputs: Any, keyword_only_inputs: dict[str, Any], output: Any) -> None:
+    e, c, bias, targets, seed = inputs
+    nll, lse, tile_map = output
+    ctx.mark_non_differentiable(tile_map)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(e, c, bias, targets, nll, lse, tile_map, seed)
+    ctx.options = {name: value for name, value in keyword_only_inputs.items() if name != "need_map"}
+
+
+def _backward(ctx: Any, g_nll: Tensor | None, g_lse: Tensor | None, g_map: None) -> tuple[Tensor | None, ...]:
+    e, c, bias, targets, nll, lse, tile_map, seed = ctx.saved_tensors
+    need = ctx.needs_input_grad[:3]
+    gradients = torch.ops.cce.lce_backward(
+        g_nll,
+        g_lse,
+        e,
+        c,
+        bias,
+        targets,
+        nll,
+        lse,
+        tile_map,
+        seed,
+        **ctx.options,
+        need_e=need[0],
+        need_c=need[1],
+        need_bias=need[2],
+    )
+    d_e, d_c, d_bias = (g if needed else None for g, needed in zip(gradients, need, strict=True))
+    return d_e, d_c, d_bias, None, None
+
+
+def _once_differentiable(ctx: Any, *grads: Any) -> NoReturn:
+    raise NotImplementedError("cce: the gradient of linear_cross_entropy cannot be differentiated again")
+
+
+def _not_by_itself(ctx: Any, *grads: Any) -> NoReturn:
+    raise NotImplementedError("cce::label_logits has no gradient: differentiate lce_forward's nll instead")
+
+
+torch.library.register_autograd("cce::lce_forward", _backward, setup_context=_save_for_backward)
+torch.library.register_autograd("cce::lce_backward", _once_differentiable)
+torch.library.register_autograd("cce::label_logits", _not_by_itself)
+
+
+# Asked once: torch.compile cannot trace the question.
+_AUTOCAST_DEVICES = [d for d in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(d)]
+
+
+def autocast_inputs(e: Tensor, c: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """e, c and bias in autocast's dtype where it is on for their device; fp64 stays, as in PyTorch's own rules."""
+    device = e.device.type
+    if device not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device):
+        return e, c, bias
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(x: Tensor) -> Tensor:
+        return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+
+    return cast(e), cast(c), None if bias is None else cast(bias)
+
+
+def _lce_forward_autocast(
+    e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, seed: Tensor | None, **options: Any
+) -> Any:
+    e, c, bias = autocast_inputs(e, c, bias)
+    with torch.autocast(e.device.type, enabled=False):
+        return torch.ops.cce.lce_forward(e, c, bias, targets, seed, **options)
+
+
+for _key in ("AutocastCPU", "AutocastCUDA", "AutocastXPU", "AutocastMPS"):
+    _library.impl("lce_forward", _lce_forward_autocast, _key)
+
+_library.impl("label_logits", _label_logits, "CompositeExplicitAutograd")
+_library.impl("lce_forward", _lce_forward, "CompositeExplicitAutograd")
+_library.impl("lce_backward", _lce_backward, "CompositeExplicitAutograd")
+
+
+def register_composite(kernel: Callable[..., Tensor]) -> None:
+    """Make kernel the implementation of cce::linear_cross_entropy, for every device and under every transform."""
+    _library.impl("linear_cross_entropy", kernel, "CompositeImplicitAutograd")
+
+
+def _no_cuda_kernels(*args: Any, **kwargs: Any) -> NoReturn:
+    raise RuntimeError(
+        "cce_ext was built without its CUDA kernels (CCE_CUDA=OFF, or no nvcc was found), so that it cannot serve CUDA "
+        "tensors: put CUDA's nvcc on the PATH and install it again with `CCE_CUDA=ON pip install --force-reinstall "
+        "--no-deps .`, or use impl='torch_compile'"
+    )
+
+
+if not HAS_CUDA and torch.version.hip is None:
+    for _name in ("label_logits", "lce_forward", "lce_backward"):
+        _library.impl(_name, _no_cuda_kernels, "CUDA")

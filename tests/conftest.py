@@ -1,0 +1,34 @@
+import host_module
+import pytest
+import torch
+
+import cce_ext
+
+
+def why_no_gpu() -> str | None:
+    """Why the gpu tests cannot run here, or None."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if not cce_ext.HAS_CUDA:
+        return "cce_ext was built without its CUDA kernels"
+    return None
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Where a test of the common contract runs: on the CPU, and on a GPU where there is one."""
+    return request.param
+
+
+def pytest_collection_modifyitems(items):
+    reason = why_no_gpu()
+    if reason:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def host():
+    """cce_host_tests: C++ that runs without a GPU, built on first use."""
+    return host_module.load()

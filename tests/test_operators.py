@@ -1,0 +1,238 @@
+"""The operators as PyTorch sees them: opcheck, torch.compile, torch.export, AOTInductor, memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import peaked
+from torch import nn
+from torch.nn import functional as F
+
+import cce_ext
+from cce_ext import linear_cross_entropy
+
+OPTIONS = [
+    {"method": "sampled"},
+    {"method": "exact", "need_map": False},
+    {"method": "threshold", "eps": 1e-3, "softcap": 3.0, "filter_e": False},
+]
+
+
+def problem(device, **options):
+    return peaked(20, 16, 300, device=device, bias=True, ignored=0.2, **options)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: o["method"])
+def test_opcheck(options, device):
+    p = problem(device)
+    seed = torch.tensor([3], device=device)
+    q = p.leaves()
+    torch.library.opcheck(torch.ops.cce.lce_forward.default, (q.e, q.c, q.bias, q.targets, seed), options)
+
+    nll, lse, tile_map = torch.ops.cce.lce_forward(p.e, p.c, p.bias, p.targets, seed, **options)
+    rest = {k: v for k, v in options.items() if k != "need_map"}
+    for needs in ({}, {"need_e": False, "need_bias": True}, {"need_c": False}):
+        torch.library.opcheck(
+            torch.ops.cce.lce_backward.default,
+            (torch.rand_like(nll), None, p.e, p.c, p.bias, p.targets, nll, lse, tile_map, seed),
+            {**rest, **needs},
+        )
+
+
+def test_opcheck_of_the_rest(device):
+    p = problem(device)
+    torch.library.opcheck(torch.ops.cce.label_logits.default, (p.e, p.c, p.bias, p.targets), {"softcap": 2.0})
+    q = p.leaves()
+    torch.library.opcheck(
+        torch.ops.cce.linear_cross_entropy.default, (q.e, q.c, q.targets, q.bias), {"impl": "cce_exact", "shift": 1}
+    )
+
+
+class Model(nn.Module):
+    """A body and a loss by the operator itself, in every precision that the caller chooses."""
+
+    def __init__(self, d=16, v=300, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(d, d)
+        self.head = nn.Linear(d, v)
+        self.options = options
+
+    def forward(self, x, t):
+        h = torch.tanh(self.body(x))
+        return torch.ops.cce.linear_cross_entropy(h, self.head.weight, t, self.head.bias, **self.options)
+
+    def dense(self, x, t):
+        return F.cross_entropy(self.head(torch.tanh(self.body(x))).flatten(0, -2), t.flatten())
+
+
+class FunctionModel(Model):
+    def forward(self, x, t):
+        h = torch.tanh(self.body(x))
+        return linear_cross_entropy(h, self.head.weight, t, self.head.bias, **self.options)
+
+
+def batch(n, device="cpu"):
+    g = torch.Generator().manual_seed(n)
+    return torch.randn(3, n, 16, generator=g).to(device), torch.randint(0, 300, (3, n), generator=g).to(device)
+
+
+@pytest.mark.parametrize("model_class", [Model, FunctionModel])
+@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(model_class, backend, dynamic, device):
+    torch._dynamo.reset()
+    model = model_class(impl="cce_exact").to(device)
+    compiled = torch.compile(model, fullgraph=True, backend=backend, dynamic=dynamic)
+    for n in (10, 13):
+        x, t = batch(n, device)
+        loss, expected = compiled(x, t), model.dense(x, t)
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+        parameters = list(model.parameters())
+        for a, b in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dynamic, compilations", [(None, 2), (True, 1)])
+def test_a_new_length_does_not_compile_anew(dynamic, compilations):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(Model(), fullgraph=True, backend=counter, dynamic=dynamic)
+    for n in (10, 13, 17):
+        compiled(*batch(n)).backward()
+    assert counter.frame_count == compilations
+
+
+@pytest.mark.parametrize("impl", ["cce", "cce_threshold"])
+def test_compiled_sampling_draws_a_seed_a_call(impl):
+    torch._dynamo.reset()
+    model = Model(d=16, v=3000, impl=impl, filter_eps=2.0**-4)
+    compiled = torch.compile(model, fullgraph=True)
+    x, t = batch(20)
+    draws = []
+    for _ in range(2):
+        model.zero_grad()
+        compiled(x, t).backward()
+        draws.append(model.head.weight.grad.clone())
+    assert torch.equal(*draws) == (impl == "cce_threshold")
+
+
+def test_compiled_graph_sees_forward_and_backward_only():
+    torch._dynamo.reset()
+    seen = []
+
+    def backend(graph, inputs):
+        from functorch.compile import make_boxed_func
+        from torch._dynamo.backends.common import aot_autograd
+
+        def record(g, _):
+            seen.extend(str(n.target) for n in g.graph.nodes if "cce" in str(n.target))
+            return make_boxed_func(g.forward)
+
+        return aot_autograd(fw_compiler=record, bw_compiler=record)(graph, inputs)
+
+    torch.compile(Model(), fullgraph=True, backend=backend)(*batch(8)).backward()
+    assert seen == ["cce.lce_forward.default", "cce.lce_backward.default"]
+
+
+def test_compiled_autocast():
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True)
+    def step(e, c, t):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return linear_cross_entropy(e, c, t, impl="cce_exact")
+
+    p = problem("cpu").leaves()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = linear_cross_entropy(p.e, p.c, p.targets, impl="cce_exact")
+    torch.testing.assert_close(step(p.e, p.c, p.targets), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("model_class", [Model, FunctionModel])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_export(model_class, dynamic):
+    model = model_class().eval()
+    x, t = batch(10)
+    length = torch.export.Dim("length", min=2, max=64)
+    shapes = ({1: length}, {1: length}) if dynamic else None
+    program = torch.export.export(model, (x, t), dynamic_shapes=shapes)
+    x, t = batch(13 if dynamic else 10)
+    torch.testing.assert_close(program.module()(x, t), model.dense(x, t), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(program.run_decompositions().module()(x, t), model.dense(x, t), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_aot_inductor(dynamic, tmp_path):
+    model = Model().eval()
+    length = torch.export.Dim("length", min=2, max=64)
+    shapes = ({1: length}, {1: length}) if dynamic else None
+    with torch.no_grad():
+        program = torch.export.export(model, batch(10), dynamic_shapes=shapes)
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        x, t = batch(13 if dynamic else 10)
+        loss = torch._inductor.aoti_load_package(package)(x, t)
+    torch.testing.assert_close(loss, model.dense(x, t).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_needed_gradients_only():
+    p = problem("cpu")
+    nll, lse, tile_map = torch.ops.cce.lce_forward(p.e, p.c, p.bias, p.targets, None)
+    for need_e, need_c, need_bias in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)):
+        grads = torch.ops.cce.lce_backward(
+            torch.ones_like(nll),
+            None,
+            p.e,
+            p.c,
+            p.bias,
+            p.targets,
+            nll,
+            lse,
+            tile_map,
+            torch.tensor([1]),
+            need_e=bool(need_e),
+            need_c=bool(need_c),
+            need_bias=bool(need_bias),
+        )
+        assert [g.numel() > 0 for g in grads] == [bool(need_e), bool(need_c), bool(need_bias)]
+
+
+def test_operator_errors():
+    p = problem("cpu")
+    ops = torch.ops.cce
+    with pytest.raises(ValueError, match=r"e: expected \[N, D\], got \[1, 20, 16\]"):
+        ops.lce_forward(p.e[None], p.c, None, p.targets[None], None)
+    with pytest.raises(ValueError, match="method: .* got 'best'"):
+        ops.lce_forward(p.e, p.c, None, p.targets, None, method="best")
+    with pytest.raises(ValueError, match="eps: the sampling eps"):
+        ops.lce_forward(p.e, p.c, None, p.targets, None, eps=2.0)
+    nll, lse, no_map = ops.lce_forward(p.e, p.c, None, p.targets, None, need_map=False)
+    with pytest.raises(ValueError, match=r"tile_map: expected \[3, 20\], got \[0, 0\]"):
+        ops.lce_backward(nll, None, p.e, p.c, None, p.targets, nll, lse, no_map, torch.tensor([1]))
+    nll, lse, tile_map = ops.lce_forward(p.e, p.c, None, p.targets, None)
+    with pytest.raises(ValueError, match="seed: .* got None"):
+        ops.lce_backward(nll, None, p.e, p.c, None, p.targets, nll, lse, tile_map, None)
+
+
+def test_the_function_and_the_operator_agree(device):
+    p = problem(device)
+    for options in ({}, {"reduction": "none", "shift": 2}, {"softcap": 2.0, "reduction": "sum"}):
+        assert torch.equal(
+            linear_cross_entropy(p.e, p.c, p.targets, p.bias, **options),
+            torch.ops.cce.linear_cross_entropy(p.e, p.c, p.targets, p.bias, **options),
+        )
+    q = p.leaves()
+    exact = torch.ops.cce.linear_cross_entropy(q.e, q.c, q.targets, filter_eps=None)
+    same = linear_cross_entropy(q.e, q.c, q.targets, impl="cce_exact")
+    for a, b in zip(torch.autograd.grad(exact, (q.e, q.c)), torch.autograd.grad(same, (q.e, q.c)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and cce_ext.HAS_CUDA, reason="this build has its CUDA kernels")
+def test_cuda_tensors_without_cuda_kernels_name_the_mend():
+    """The kernel behind the CUDA key of a build without them, called as the dispatcher would call it."""
+    if cce_ext.HAS_CUDA:
+        pytest.skip("built with CUDA kernels")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("cce::lce_forward", "CUDA")
+    with pytest.raises(RuntimeError, match="built without its CUDA kernels.*CCE_CUDA=ON"):
+        cce_ext.ops._no_cuda_kernels()

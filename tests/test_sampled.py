@@ -1,0 +1,165 @@
+"""The sampled backward: unbiased whatever the map, bounded in its visits, and a function of its seed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from problems import oracle, peaked, uniform, upstream
+
+from cce_ext import chunked, linear_cross_entropy
+
+EPS = 2.0**-4
+
+
+@pytest.fixture
+def problem(device):
+    return peaked(64, 12, 1500, device=device, dtype=torch.float64, bias=True, ignored=0.1)
+
+
+def forward(p, method="sampled"):
+    return torch.ops.cce.lce_forward(p.e, p.c, p.bias, p.targets, None, method=method, eps=EPS)
+
+
+def backward(p, outputs, seed, tile_map=None, eps=EPS):
+    nll, lse, own_map = outputs
+    g_nll, g_lse = upstream(p)
+    return torch.ops.cce.lce_backward(
+        g_nll.double(),
+        g_lse.double(),
+        p.e,
+        p.c,
+        p.bias,
+        p.targets,
+        nll,
+        lse,
+        own_map if tile_map is None else tile_map,
+        torch.tensor([seed], device=p.e.device),
+        eps=eps,
+        need_bias=p.bias is not None,
+    )
+
+
+def errors_of_means(p, outputs, tile_map=None, draws=2048):
+    """Root mean square error of the mean of K draws, for K = 1, 16 and 256: [K][gradient]."""
+    exact = oracle(p, *upstream(p))[2]
+    stacks = zip(*(backward(p, outputs, 1000 + k, tile_map) for k in range(draws)), strict=True)
+    errors = []
+    for stack, g in zip(stacks, exact, strict=True):
+        deviation = (torch.stack(stack) - g).flatten(1) / g.norm()
+        errors.append(
+            [deviation.unflatten(0, (-1, k)).mean(1).norm(dim=1).square().mean().sqrt().item() for k in (1, 16, 256)]
+        )
+    return errors
+
+
+def assert_converges(errors):
+    """As 1/sqrt(K). A bias b would leave b, however many draws."""
+    for one, few, many in errors:
+        assert one > 0.01, "one draw shows no variance: nothing was tested"
+        assert one / few == pytest.approx(4, rel=0.15)
+        assert one / many == pytest.approx(16, rel=0.35)
+
+
+def test_mean_over_seeds_approaches_the_exact_gradient(problem):
+    assert_converges(errors_of_means(problem, forward(problem)))
+
+
+def test_any_map_is_unbiased(problem):
+    """A wrong map changes the variance, not the mean."""
+    outputs = forward(problem)
+    g = torch.Generator().manual_seed(0)
+    noise = torch.randn(outputs[2].shape, generator=g).to(problem.e.device)
+    wrong = (outputs[2].float() + noise).to(torch.bfloat16)
+    errors = errors_of_means(problem, outputs, wrong)
+    assert_converges(errors)
+    right = errors_of_means(problem, outputs, draws=256)
+    assert all(bad[0] > 1.2 * good[0] for bad, good in zip(errors, right, strict=True))
+
+
+def test_tokens_and_tiles_draw_independently(device):
+    """Of tokens that are all alike, each takes its own sample, and so does each tile of one token."""
+    p = uniform(512, 8, 64 * 128, device=device)
+    visits = count_visits(p, EPS, seeds=1)[0]
+    assert visits.float().var().item() == pytest.approx(15 * (1 - 15 / 64), rel=0.3)
+
+
+def count_visits(p, eps, seeds):
+    """Visits of each token, one row a seed."""
+    counts = torch.zeros(seeds, len(p.e), dtype=torch.long)
+    seed = 0
+    original = chunked.Gradients.visit
+
+    def counting(self, v0, v1, visits, threshold=None):
+        visits = list(visits)
+        for rows, _ in visits:
+            counts[seed, rows.cpu()] += 1
+        original(self, v0, v1, visits, threshold)
+
+    outputs = forward(p)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunked.Gradients, "visit", counting)
+        for seed in range(seeds):
+            backward(p, outputs, seed, eps=eps)
+    return counts
+
+
+@pytest.mark.parametrize("eps", [2.0**-3, 2.0**-5])
+@pytest.mark.parametrize("make", [peaked, uniform])
+def test_visits_stay_under_one_over_eps(make, eps, device):
+    p = make(200, 12, 128 * 100 + 5, device=device)
+    visits = count_visits(p, eps, seeds=20).float()
+    mean, noise = visits.mean().item(), visits.mean(1).std().item() / math.sqrt(20)
+    assert mean - 3 * noise <= 1 / eps
+    if make is uniform:
+        assert mean > 0.9 / eps, "the uniform softmax should need nearly all of them"
+    else:
+        assert mean < 0.7 / eps
+
+
+def test_a_token_that_does_not_count_has_no_visits(device):
+    p = peaked(100, 12, 3000, device=device, ignored=0.4)
+    visits = count_visits(p, EPS, seeds=2)
+    assert (visits[:, (p.targets == -100).cpu()] == 0).all()
+    assert (visits[:, (p.targets != -100).cpu()] > 0).all()
+
+
+def sampled_gradients(p, **options):
+    p = p.leaves()
+    linear_cross_entropy(p.e, p.c, p.targets, p.bias, impl="cce", filter_eps=EPS, **options).backward()
+    return [x.grad for x in p.inputs]
+
+
+def test_equal_under_one_manual_seed_and_different_under_another(device):
+    p = peaked(100, 12, 3000, device=device)
+    draws = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        draws.append(sampled_gradients(p))
+    for a, b, other in zip(*draws, strict=True):
+        assert torch.equal(a, b)
+        assert not torch.equal(a, other)
+
+
+def test_each_call_draws_anew(device):
+    p = peaked(100, 12, 3000, device=device)
+    assert not torch.equal(sampled_gradients(p)[0], sampled_gradients(p)[0])
+
+
+def test_the_forward_of_evaluation_leaves_the_generator_alone():
+    p = peaked(20, 12, 300)
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        linear_cross_entropy(p.e, p.c, p.targets)
+    linear_cross_entropy(p.e, p.c.requires_grad_(), p.targets, impl="cce_exact")
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_map_never_overstates_a_mass(device):
+    p = peaked(80, 24, 1000, device=device)
+    nll, _, tile_map = forward(p)
+    mass = torch.nn.functional.pad((p.e @ p.c.T).double().softmax(1), (0, -1000 % 128)).unflatten(1, (-1, 128)).sum(2).T
+    ratio = (tile_map.double() - nll.double()).exp() / mass
+    assert ratio.max() <= 1 + 1e-5
+    assert ratio[mass > 1e-3].min() > 0.8

@@ -1,0 +1,343 @@
+"""What the function and the module promise: shapes, reductions, shift, degenerate cases, errors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from problems import Problem, peaked, upstream
+from torch.nn import functional as F
+
+from cce_ext import IMPLS, LinearCrossEntropy, compute_z_loss, linear_cross_entropy
+
+CCE = ["cce", "cce_exact", "cce_threshold"]
+EAGER = [*CCE, "reference"]
+
+
+def plain(p: Problem, **options):
+    """F.cross_entropy in fp64, as a user would write it."""
+    p = p.to(torch.float64)
+    logits = F.linear(p.e, p.c, p.bias).flatten(0, -2)
+    return F.cross_entropy(logits, p.targets.flatten().long(), **options)
+
+
+@pytest.mark.parametrize("impl", EAGER)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_reductions(impl, reduction, device):
+    p = peaked(60, 16, 300, device=device, ignored=0.2, bias=True)
+    loss = linear_cross_entropy(p.e, p.c, p.targets, p.bias, reduction=reduction, impl=impl)
+    torch.testing.assert_close(loss.double(), plain(p, reduction=reduction), rtol=1e-5, atol=1e-5)
+    assert loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("impl", EAGER)
+@pytest.mark.parametrize("leading", [(), (7,), (3, 7), (2, 3, 7), (2, 0), (1, 1)], ids=str)
+def test_leading_dimensions(impl, leading, device):
+    g = torch.Generator().manual_seed(0)
+    e = torch.randn(*leading, 16, generator=g).to(device).requires_grad_()
+    c = torch.randn(50, 16, generator=g).to(device).requires_grad_()
+    t = torch.randint(0, 50, leading, generator=g).to(device)
+    loss, lse = linear_cross_entropy(e, c, t, reduction="none", return_lse=True, impl=impl)
+    assert loss.shape == lse.shape == t.shape
+    torch.testing.assert_close(lse, (e @ c.T).logsumexp(-1), rtol=1e-5, atol=1e-5)
+    loss.sum().backward()
+    assert e.grad.shape == e.shape and c.grad.shape == c.shape
+
+
+@pytest.mark.parametrize("impl", EAGER)
+@pytest.mark.parametrize("shift", [0, 1, True, 3])
+def test_shift(impl, shift, device):
+    g = torch.Generator().manual_seed(0)
+    e = torch.randn(3, 9, 16, generator=g).to(device).requires_grad_()
+    c = torch.randn(50, 16, generator=g).to(device)
+    t = torch.randint(0, 50, (3, 9), generator=g).to(device)
+    t[1, 4] = -100
+    last = 9 - int(shift)
+    e_cut, t_cut = e[:, :last], t[:, int(shift) :]
+    for reduction in ("none", "mean", "sum"):
+        loss, lse = linear_cross_entropy(e, c, t, shift=shift, reduction=reduction, return_lse=True, impl=impl)
+        expected = F.cross_entropy((e_cut @ c.T).flatten(0, 1), t_cut.flatten(), reduction=reduction)
+        torch.testing.assert_close(loss.flatten(), expected.flatten(), rtol=1e-5, atol=1e-5)
+        assert lse.shape == t_cut.shape
+        assert lse[t_cut == -100].eq(0).all() and lse[t_cut != -100].ne(0).all()
+    if impl in ("cce_exact", "reference"):
+        ours, theirs = torch.autograd.grad(loss, e)[0], torch.autograd.grad(expected, e)[0]
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", EAGER)
+def test_ignored_tokens_are_zero_and_have_no_gradient(impl, device):
+    p = peaked(60, 16, 300, device=device).leaves()
+    p = replace(p, ignore_index=7, targets=p.targets.clone())
+    p.targets[::3] = 7
+    loss, lse = linear_cross_entropy(p.e, p.c, p.targets, ignore_index=7, reduction="none", return_lse=True, impl=impl)
+    assert (loss[::3] == 0).all() and (lse[::3] == 0).all()
+    # Whatever flows into them, nothing comes out.
+    g = torch.full_like(loss, float("nan"))
+    g[torch.arange(60) % 3 != 0] = 1.0
+    loss.backward(g)
+    assert (p.e.grad[::3] == 0).all() or impl == "reference"
+    assert p.c.grad.isfinite().all() or impl == "reference"
+
+
+@pytest.mark.parametrize("impl", EAGER)
+@pytest.mark.parametrize("n", [5, 0])
+def test_nothing_counts(impl, n, device):
+    """All ignored, or no token: as F.cross_entropy, and gradients of zero."""
+    for reduction, value in (("mean", float("nan")), ("sum", 0.0)):
+        e = torch.randn(n, 8, device=device, requires_grad=True)
+        c = torch.randn(20, 8, device=device, requires_grad=True)
+        t = torch.full((n,), -100, device=device)
+        loss = linear_cross_entropy(e, c, t, reduction=reduction, impl=impl)
+        torch.testing.assert_close(loss, F.cross_entropy(e @ c.T, t, reduction=reduction), equal_nan=True)
+        torch.testing.assert_close(loss, torch.tensor(value, device=device), equal_nan=True)
+        loss.backward()
+        if impl != "reference":
+            assert (e.grad == 0).all() and (c.grad == 0).all()
+
+
+@pytest.mark.parametrize("impl", [*CCE, "reference", "torch_compile"])
+@pytest.mark.parametrize("bad", [-1, 20, 2**31 - 1])
+def test_bad_targets_raise_on_the_cpu(impl, bad):
+    t = torch.tensor([1, 2, bad, 3])
+    with pytest.raises(IndexError, match=rf"targets: {bad} at flat position 2"):
+        linear_cross_entropy(torch.randn(4, 8), torch.randn(20, 8), t, impl=impl)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", [*CCE, "reference"])
+def test_bad_targets_are_nan_on_cuda(impl, monkeypatch):
+    p = peaked(4, 8, 20, device="cuda").leaves()
+    p.targets[2] = 20
+    loss = linear_cross_entropy(p.e, p.c, p.targets, reduction="none", impl=impl)
+    assert loss.isnan().tolist() == [False, False, True, False]
+    if impl != "reference":
+        monkeypatch.setenv("CCE_DEBUG", "1")
+        with pytest.raises(IndexError, match="targets: 20 at flat position 2"):
+            linear_cross_entropy(p.e, p.c, p.targets, impl=impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_int32_targets(impl):
+    p = peaked(20, 8, 300)
+    a, b = (linear_cross_entropy(p.e, p.c, t, impl=impl) for t in (p.targets, p.targets.int()))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("impl", CCE)
+@pytest.mark.parametrize(
+    "frozen", [("e",), ("c",), ("bias",), ("e", "bias"), ("c", "bias"), ("e", "c"), ("e", "c", "bias")]
+)
+def test_frozen_inputs(impl, frozen, device):
+    p = peaked(50, 16, 300, device=device, bias=True)
+    grads = []
+    for names in ((), frozen):
+        q = p.leaves()
+        for name in names:
+            getattr(q, name).requires_grad_(False)
+        torch.manual_seed(0)
+        loss = linear_cross_entropy(q.e, q.c, q.targets, q.bias, impl=impl)
+        if len(names) == 3:
+            assert not loss.requires_grad
+            return
+        loss.backward()
+        grads.append({name: getattr(q, name).grad for name in ("e", "c", "bias")})
+    for name, full in grads[0].items():
+        if name in frozen:
+            assert grads[1][name] is None
+        else:
+            assert torch.equal(grads[1][name], full)
+
+
+@pytest.mark.parametrize("impl", CCE)
+def test_a_retained_graph_gives_the_same_gradient_twice(impl, device):
+    p = peaked(50, 16, 3000, device=device).leaves()
+    loss = linear_cross_entropy(p.e, p.c, p.targets, impl=impl)
+    first = torch.autograd.grad(loss, (p.e, p.c), retain_graph=True)
+    second = torch.autograd.grad(loss, (p.e, p.c))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_no_second_derivative():
+    p = peaked(5, 8, 20).leaves()
+    (g,) = torch.autograd.grad(linear_cross_entropy(p.e, p.c, p.targets), p.e, create_graph=True)
+    with pytest.raises(NotImplementedError, match="cannot be differentiated again"):
+        g.sum().backward()
+
+
+def layouts(x: torch.Tensor):
+    """x with other strides: transposed storage, padded rows, every other row, and (for constant rows) expanded."""
+    yield x.T.contiguous().T
+    yield torch.cat([x, x], 1)[:, : x.shape[1]]
+    yield torch.stack([x, x], 1).flatten(0, 1)[::2]
+    yield torch.cat([x[:, :1], x], 1)[:, 1:]
+
+
+@pytest.mark.parametrize("impl", CCE)
+def test_any_layout(impl, device):
+    p = peaked(40, 24, 300, device=device)
+    results = []
+    for e, c in [(p.e, p.c), *zip(layouts(p.e), layouts(p.c), strict=True)]:
+        assert torch.equal(e, p.e) and torch.equal(c, p.c)
+        e, c = e.detach().requires_grad_(), c.detach().requires_grad_()
+        torch.manual_seed(0)
+        loss = linear_cross_entropy(e, c, p.targets, impl=impl)
+        results.append([loss, *torch.autograd.grad(loss, (e, c))])
+    for other in results[1:]:
+        for x, y in zip(other, results[0], strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", CCE)
+def test_expanded_inputs(impl, device):
+    row = torch.randn(1, 16, device=device, requires_grad=True)
+    c = torch.randn(300, 16, device=device)
+    t = torch.randint(0, 300, (1,), device=device).expand(10)
+    loss = linear_cross_entropy(row.expand(10, 16), c, t, impl=impl)
+    torch.testing.assert_close(loss, F.cross_entropy(row @ c.T, t[:1]), rtol=1e-5, atol=1e-5)
+    loss.backward()
+    assert row.grad.isfinite().all()
+
+
+def test_only_lse_is_used(device):
+    """A z-loss by itself: no gradient flows into nll."""
+    p = peaked(50, 16, 300, device=device).leaves()
+    _, lse = linear_cross_entropy(p.e, p.c, p.targets, return_lse=True, impl="cce_exact")
+    got = torch.autograd.grad(compute_z_loss(lse), (p.e, p.c))
+    expected = torch.autograd.grad((p.e @ p.c.T).logsumexp(1).square().mean(), (p.e, p.c))
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_z_loss(shift, reduction):
+    e, c = torch.randn(2, 8, 16), torch.randn(50, 16)
+    t = torch.randint(0, 50, (2, 8))
+    t[0, 5] = -100
+    _, lse = linear_cross_entropy(e, c, t, shift=shift, return_lse=True)
+    got = compute_z_loss(lse, t, shift=shift, reduction=reduction)
+    keep = t[:, shift:] != -100
+    squares = (e[:, : 8 - shift] @ c.T).logsumexp(-1).square()
+    expected = {"mean": squares[keep].mean(), "sum": squares[keep].sum(), "none": squares * keep}[reduction]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_z_loss_errors():
+    with pytest.raises(ValueError, match=r"targets: after shift=1 expected lse's shape \[2, 8\], got \[2, 7\]"):
+        compute_z_loss(torch.zeros(2, 8), torch.zeros(2, 8, dtype=torch.long), shift=1)
+    with pytest.raises(ValueError, match="reduction: .*'max'"):
+        compute_z_loss(torch.zeros(2, 8), reduction="max")
+
+
+def test_module_is_the_function(device):
+    p = peaked(30, 16, 300, device=device, bias=True)
+    options = {"softcap": 3.0, "ignore_index": 5, "reduction": "none", "return_lse": True, "impl": "cce_exact"}
+    module = LinearCrossEntropy(**options)
+    for a, b in zip(
+        module(p.e, p.c, p.targets, p.bias), linear_cross_entropy(p.e, p.c, p.targets, p.bias, **options), strict=True
+    ):
+        assert torch.equal(a, b)
+    assert "softcap=3.0" in repr(module)
+    assert not list(module.parameters())
+
+
+def test_label_logits_against_a_gather(device):
+    p = peaked(30, 16, 300, device=device, bias=True, softcap=3.0, ignored=0.2)
+    got = torch.ops.cce.label_logits(p.e, p.c, p.bias, p.targets, softcap=3.0)
+    z = 3 * torch.tanh(F.linear(p.e, p.c, p.bias) / 3)
+    expected = z.gather(1, p.targets.clamp(min=0)[:, None])[:, 0].masked_fill(p.targets == -100, 0)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+E, C, T, B = torch.randn(4, 8), torch.randn(20, 8), torch.tensor([0, 1, 2, 3]), torch.randn(20)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    "args, options, exception, message",
+    [
+        ((E, C[:, :7], T), {}, ValueError, r"c: expected \[V, 8\] for e of shape \[4, 8\], got \[20, 7\]"),
+        ((E, C[0], T), {}, ValueError, r"c: .* got \[8\]"),
+        ((E, C, T[:3]), {}, ValueError, r"targets: expected shape \[4\] .* got \[3\]"),
+        ((E, C, T, B[:19]), {}, ValueError, r"bias: expected \[20\] .* got \[19\]"),
+        ((E.sum(), C, T), {}, ValueError, r"e: expected \[\.\., D\]"),
+        ((E.double(), C, T), {}, TypeError, "c: expected torch.float64 like e, got torch.float32"),
+        ((E, C, T, B.half()), {}, TypeError, "bias: expected torch.float32 like e, got torch.float16"),
+        ((E.long(), C, T), {}, TypeError, "e: expected a floating point tensor, got torch.int64"),
+        ((E, C, T.float()), {}, TypeError, "targets: expected int64 or int32, got torch.float32"),
+        ((E, C.to("meta"), T), {}, ValueError, "c: expected cpu like e, got meta"),
+        ((E, C, T), {"reduction": "max"}, ValueError, "reduction: .* got 'max'"),
+        ((E, C, T), {"softcap": 0.0}, ValueError, "softcap: .* got 0.0"),
+        ((E, C, T), {"shift": 4}, ValueError, "shift: expected 0 <= shift < 4, .* got 4"),
+        ((E, C, T), {"shift": -1}, ValueError, "shift: .* got -1"),
+    ],
+)
+def test_mistakes_name_the_argument(impl, args, options, exception, message):
+    with pytest.raises(exception, match=message):
+        linear_cross_entropy(*args, impl=impl, **options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"impl": "fast"}, "impl: expected one of cce, .*, got 'fast'"),
+        ({"filter_eps": "high"}, "filter_eps: .* got 'high'"),
+        ({"filter_eps": 0.0}, r"filter_eps: the sampling eps must be in \(0, 0.5\], got 0.0"),
+        ({"filter_eps": 0.7}, "filter_eps: .* got 0.7"),
+        ({"filter_eps": float("nan")}, "filter_eps: .* got nan"),
+        ({"filter_eps": 1.0, "impl": "cce_threshold"}, "filter_eps: the threshold must be in"),
+    ],
+)
+def test_bad_methods(options, message):
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(E, C, T, **options)
+    with pytest.raises(ValueError, match=message):
+        LinearCrossEntropy(**options)
+
+
+def test_mixed_dtypes_need_autocast():
+    e = torch.randn(10, 16, dtype=torch.bfloat16, requires_grad=True)
+    c = torch.randn(50, 16, requires_grad=True)
+    bias = torch.randn(50, requires_grad=True)
+    t = torch.randint(0, 50, (10,))
+    with pytest.raises(TypeError, match="autocast"):
+        linear_cross_entropy(e, c, t, bias)
+    calls = [
+        linear_cross_entropy,
+        torch.ops.cce.linear_cross_entropy,
+        lambda e, c, t, bias: torch.ops.cce.lce_forward(e, c, bias, t, torch.tensor([1]))[0].mean(),
+    ]
+    for call in calls:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = call(e, c, t, bias)
+        grads = torch.autograd.grad(loss, (e, c, bias))
+        assert loss.dtype == torch.float32
+        assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32, torch.float32]
+        expected = F.cross_entropy(F.linear(e, c.bfloat16(), bias.bfloat16()).float(), t)
+        torch.testing.assert_close(loss, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_upstream_gradients_scale(device):
+    """A loss scale passes through, up to 2^16 in fp16 training."""
+    p = peaked(50, 16, 300, device=device).leaves()
+    grads = [
+        torch.autograd.grad(scale * linear_cross_entropy(p.e, p.c, p.targets, impl="cce_exact"), (p.e, p.c))
+        for scale in (1.0, 2.0**16)
+    ]
+    for x, y in zip(*grads, strict=True):
+        torch.testing.assert_close(x * 2.0**16, y)
+
+
+def test_weights_are_a_choice_of_the_upstream_gradient(device):
+    """Per-token and class weights and label smoothing need nothing from the kernels but a and b."""
+    p = peaked(50, 16, 300, device=device).leaves()
+    weight = torch.rand(300, device=device) + 0.5
+    nll = linear_cross_entropy(p.e, p.c, p.targets, reduction="none", impl="cce_exact")
+    ours = (nll * weight[p.targets]).sum() / weight[p.targets].sum()
+    theirs = F.cross_entropy(p.e @ p.c.T, p.targets, weight=weight)
+    torch.testing.assert_close(ours, theirs)
+    for x, y in zip(torch.autograd.grad(ours, (p.e, p.c)), torch.autograd.grad(theirs, (p.e, p.c)), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+    assert upstream(p)[0].shape == nll.shape
