@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
 import torch
 from inputs import Problem, lm
 from inputs import statistics as input_statistics
+from report import machine, save
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -118,20 +117,7 @@ def main() -> None:
             f"{r['runtime_max_ms']:>8.0f}{r['x_dense']:>9.3f}{r['op_mem_mb']:>8.0f}{r['mem_x_dense']:>9.3f}"
         )
     if args.out:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-        meta = {
-            "device": f"CPU {platform.machine()}, {torch.get_num_threads()} threads",
-            "torch": torch.__version__,
-            "commit": commit,
-            "command": "python " + " ".join(sys.argv),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "shape": [n, d, v],
-            "data": "lm",
-            "data_statistics": figures,
-        }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
-        print(f"saved {args.out}")
+        save(args.out, machine("cpu") | {"shape": [n, d, v], "data": "lm", "data_statistics": figures}, rows)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,9 @@ def _lce_forward(
     _check_call(e, c, bias, targets, softcap)
     check_eps(method, eps, "eps")
     _check_targets_here(targets, c, ignore_index)
-    label = torch.ops.cce.label_logits(e, c, bias, targets, ignore_index=ignore_index, softcap=softcap)
+    # The operator where it has a kernel of its own; elsewhere it would only be a longer way to the same function.
+    label_logits = torch.ops.cce.label_logits if HAS_CUDA and e.is_cuda else chunked.label_logits
+    label = label_logits(e, c, bias, targets, ignore_index=ignore_index, softcap=softcap)
     return chunked.lce_forward(
         e, c, bias, targets, label, ignore_index=ignore_index, softcap=softcap, need_map=need_map
     )
