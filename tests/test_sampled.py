@@ -89,17 +89,16 @@ def count_visits(p, eps, seeds):
     """Visits of each token, one row a seed."""
     counts = torch.zeros(seeds, len(p.e), dtype=torch.long)
     seed = 0
-    original = chunked.Gradients.visit
+    original = chunked.Gradients.add
 
     def counting(self, v0, v1, visits, threshold=None):
-        visits = list(visits)
-        for rows, _ in visits:
-            counts[seed, rows.cpu()] += 1
+        for visit in visits:
+            counts[seed, visit.rows.cpu()] += 1
         original(self, v0, v1, visits, threshold)
 
     outputs = forward(p)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked.Gradients, "visit", counting)
+        patch.setattr(chunked.Gradients, "add", counting)
         for seed in range(seeds):
             backward(p, outputs, seed, eps=eps)
     return counts

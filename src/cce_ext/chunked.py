@@ -7,8 +7,9 @@ Same contract as the CUDA kernels; their oracle, together with reference.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,11 +46,10 @@ def num_tiles(v: int) -> int:
 
 
 def _block_shape(x: Tensor, n: int, v: int) -> tuple[int, int]:
-    """Tokens and columns (whole tiles) of a block of logits on x's device."""
+    """Tokens and columns (whole tiles) of a block on x's device: its logits are bounded, and so are tokens x tiles."""
     logits = _block_logits(x)
-    rows = max(1, min(n, _BLOCK_ROWS))
-    columns = max(1, min(num_tiles(v), logits // rows // TILE_COLUMNS)) * TILE_COLUMNS
-    return max(1, min(n, logits // columns)), columns
+    rows = max(1, min(n, _BLOCK_ROWS, logits // max(1, num_tiles(v))))
+    return rows, max(1, min(num_tiles(v), logits // rows // TILE_COLUMNS)) * TILE_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -115,51 +115,58 @@ def lce_forward(
     n, v = len(e), len(c)
     acc = accumulate_dtype(e)
     classifier = Classifier(c, bias, softcap, acc)
-    lse = torch.full((n,), -float("inf"), dtype=acc, device=e.device)
+    lse = torch.zeros(n, dtype=acc, device=e.device)
     tile_map = torch.zeros((num_tiles(v), n) if need_map else (0, 0), dtype=torch.bfloat16, device=e.device)
 
     ignored = targets == ignore_index
     live = _live_rows(~ignored)
     count = n if live is None else len(live)
+    reference = label.nan_to_num(nan=0.0)
     step, width = _block_shape(e, count, v)
     buffer = torch.empty(step, width, dtype=acc, device=e.device)
-    for v0 in range(0, v, width):
-        cols, cols_bias = classifier.columns(v0, min(v0 + width, v))
-        tiles = slice(v0 // TILE_COLUMNS, num_tiles(v0 + len(cols)))
-        for i in range(0, count, step):
-            rows = slice(i, min(i + step, count)) if live is None else live[i : i + step]
-            mass, offset = _tile_masses(classifier, e[rows].to(acc), cols, cols_bias, buffer)
-            lse[rows] = torch.logaddexp(lse[rows], mass.sum(1).log_().add_(offset))
-            if need_map:
-                reference = label[rows].nan_to_num(nan=0.0)
-                tile_map[tiles, rows] = _round_down(mass.log_().add_((offset - reference)[:, None])).T
+    for i in range(0, count, step):
+        rows = slice(i, min(i + step, count)) if live is None else live[i : i + step]
+        tile_lse = _tile_lse(classifier, _take(e, rows).to(acc), buffer)
+        lse[rows] = tile_lse.logsumexp(1)
+        if need_map:
+            tile_map[:, rows] = _round_down(tile_lse.sub_(reference[rows][:, None])).T
 
     lse.masked_fill_(ignored, 0.0)
     return lse - label, lse, tile_map
 
 
-def _tile_masses(
-    classifier: Classifier, e: Tensor, cols: Tensor, bias: Tensor | None, buffer: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Sums of exp(z - offset) over each tile of cols, [R, tiles], and the offsets [R]. Works in buffer."""
-    width = len(cols)
-    z = buffer[: len(e), : num_tiles(width) * TILE_COLUMNS]
+def _tile_lse(classifier: Classifier, e: Tensor, buffer: Tensor) -> Tensor:
+    """log sum exp of each vocab tile's logits for rows e [R, D]: [R, tiles]. Blocks of logits live in buffer."""
+    v = len(classifier.c)
+    out = e.new_empty(len(e), num_tiles(v))
 
-    def logits() -> Tensor:
-        z[:, width:] = -float("inf")
-        classifier.logits(e, cols, bias, out=z[:, :width])
-        return z
+    def blocks() -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits [R, columns], whole tiles with -inf past the vocabulary, and where their results go in out."""
+        for v0 in range(0, v, buffer.shape[1]):
+            cols, bias = classifier.columns(v0, min(v0 + buffer.shape[1], v))
+            tiles = num_tiles(len(cols))
+            z = buffer[: len(e), : tiles * TILE_COLUMNS]
+            z[:, len(cols) :] = -float("inf")
+            classifier.logits(e, cols, bias, out=z[:, : len(cols)])
+            yield z, out[:, v0 // TILE_COLUMNS :][:, :tiles]
 
-    # Most logits need no offset, which is two passes less over the block; where some do, this is for nothing. Only
-    # on a CPU is the question free.
-    if z.device.type == "cpu" and len(e):
-        mass = logits().exp_().unflatten(1, (-1, TILE_COLUMNS)).sum(2)
-        low, high = mass.sum(1).aminmax()
+    def sum_tiles(z: Tensor, into: Tensor) -> None:
+        torch.sum(z.unflatten(1, (-1, TILE_COLUMNS)), 2, out=into)
+
+    # Most logits are so small that exp needs no offset, which is two passes less over the block. Where some are
+    # not, all is done again; only on a CPU is it free to ask.
+    if e.device.type == "cpu" and len(e):
+        for z, into in blocks():
+            sum_tiles(z.exp_(), into)
+        low, high = out.sum(1).aminmax()
         if low > _SAFE_SUMS[0] and high < _SAFE_SUMS[1]:
-            return mass, mass.new_zeros(len(e))
-    # A column of -inf (a masked vocabulary entry) must not make -inf - -inf.
-    peak = logits().amax(1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)
-    return z.sub_(peak).exp_().unflatten(1, (-1, TILE_COLUMNS)).sum(2), peak[:, 0]
+            return out.log_()
+    for z, into in blocks():
+        # A column of -inf (a masked vocabulary entry) must not make -inf - -inf.
+        peak = z.amax(1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)
+        sum_tiles(z.sub_(peak).exp_(), into)
+        into.log_().add_(peak)
+    return out
 
 
 def lce_backward(
@@ -256,32 +263,42 @@ class Gradients:
     def needed(self) -> bool:
         return self.d_e is not None or self.d_c is not None or self.d_bias is not None
 
-    def visit(self, v0: int, v1: int, visits: Iterable[Visit], threshold: float | None = None) -> None:
+    def visits(self, rows: slice | Tensor, weight: Tensor, v0: int | Tensor, width: int) -> Visits:
+        """Of tokens rows to columns [v0, v0 + width), v0 being one number or one a token."""
+        targets = self.targets[rows].long()
+        label = targets - v0
+        has_label = (label >= 0) & (label < width) & (targets < len(self.classifier.c))
+        columns = (
+            weight,
+            self.lse[rows],
+            torch.where(has_label, label, 0),
+            has_label,
+            torch.where(has_label, -self.b[rows], 0.0),
+        )
+        return Visits(rows, *(x[:, None] for x in columns))
+
+    def add(self, v0: int, v1: int, visits: Iterable[Visits], threshold: float | None = None) -> None:
         """Add what columns [v0, v1) owe, over all the visits they will ever get: d_c is rounded once, here."""
         cols, bias = self.classifier.columns(v0, v1)
         d_cols = None
         if self.d_c is not None:
             same = self.d_c.dtype == cols.dtype
             d_cols = self.d_c[v0:v1] if same else torch.zeros_like(cols)
-        for rows, weight in visits:
-            e = self.e[rows].to(cols.dtype)
-            p, slope = self._probabilities(e, cols, bias, rows)
-            label = self.targets[rows].long() - v0
-            inside = (label >= 0) & (label < v1 - v0)
-            label = label.clamp_(0, v1 - v0 - 1)[:, None]
+        for visit in visits:
+            e = _take(self.e, visit.rows).to(cols.dtype)
+            p, slope = self._probabilities(e, cols, bias, visit.lse)
             if threshold is not None:
-                assert isinstance(rows, Tensor)
-                keep = _passes_filter(p, label, inside, rows, threshold)
-                rows, weight, e, p, label, inside = (x[keep] for x in (rows, weight, e, p, label, inside))
+                keep = _passes_filter(p, visit, threshold)
+                visit, e, p = visit.where(keep), e[keep], p[keep]
                 slope = None if slope is None else slope[keep]
-            dz = p.mul_(weight[:, None]).scatter_add_(1, label, torch.where(inside, -self.b[rows], 0.0)[:, None])
+            dz = p.mul_(visit.weight).scatter_add_(1, visit.label, visit.minus_b)
             if slope is not None:
                 dz *= slope
             if self.d_e is not None:
-                if isinstance(rows, slice):
-                    self.d_e[rows].addmm_(dz, cols)
+                if isinstance(visit.rows, slice):
+                    self.d_e[visit.rows].addmm_(dz, cols)
                 else:
-                    self.d_e.index_add_(0, rows, dz @ cols)
+                    self.d_e.index_add_(0, visit.rows, dz @ cols)
             if d_cols is not None:
                 d_cols.addmm_(dz.T, e)
             if self.d_bias is not None:
@@ -289,18 +306,26 @@ class Gradients:
         if self.d_c is not None and d_cols is not None and not same:
             self.d_c[v0:v1] = d_cols
 
-    def _probabilities(
-        self, e: Tensor, cols: Tensor, bias: Tensor | None, rows: slice | Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def _probabilities(self, e: Tensor, cols: Tensor, bias: Tensor | None, lse: Tensor) -> tuple[Tensor, Tensor | None]:
         """p of rows e [R, D] and columns cols [W, D], and with a softcap its slope 1 - (z/s)^2, each [R, W]."""
         softcap = self.classifier.softcap
         z = self.classifier.logits(e, cols, bias, out=e.new_empty(len(e), len(cols)))
         slope = None if softcap is None else 1.0 - (z / softcap).square_()
-        return z.sub_(self.lse[rows][:, None]).exp_(), slope
+        return z.sub_(lse).exp_(), slope
 
 
-# Token rows (a slice, or indices) and each one's weight on p.
-Visit = tuple[slice | Tensor, Tensor]
+class Visits(NamedTuple):
+    """Tokens that visit one block of columns. All but rows are [R, 1]."""
+
+    rows: slice | Tensor
+    weight: Tensor  # of p
+    lse: Tensor
+    label: Tensor  # the label's column in the block, 0 where it is elsewhere
+    has_label: Tensor
+    minus_b: Tensor  # 0 where the label is elsewhere
+
+    def where(self, keep: Tensor) -> Visits:
+        return Visits(*(x[keep] for x in self if isinstance(x, Tensor)))
 
 
 def _exact(g: Gradients, live: Tensor) -> None:
@@ -309,9 +334,10 @@ def _exact(g: Gradients, live: Tensor) -> None:
     count, v = len(live) if rows is None else len(rows), len(g.classifier.c)
     step, width = _block_shape(g.e, count, v)
     chunks = [slice(i, min(i + step, count)) for i in range(0, count, step)]
-    visits = [(r, g.a[r]) for r in (chunks if rows is None else [rows[chunk] for chunk in chunks])]
+    picked = chunks if rows is None else [rows[chunk] for chunk in chunks]
     for v0 in range(0, v, width):
-        g.visit(v0, min(v0 + width, v), visits)
+        v1 = min(v0 + width, v)
+        g.add(v0, v1, (g.visits(r, g.a[r], v0, v1 - v0) for r in picked))
 
 
 def _sampled(g: Gradients, live: Tensor, tile_map: Tensor, nll: Tensor, seed: Tensor, eps: float) -> None:
@@ -330,9 +356,7 @@ def _sampled(g: Gradients, live: Tensor, tile_map: Tensor, nll: Tensor, seed: Te
         q = visit_probabilities(tile_map[t0:t1] - nll, log_visit_rate(eps))
         q.masked_fill_(label_tile == tiles[:, None], 1.0)
         chosen = visited(visit_hashes(keys, tiles), q) & live
-        rows = chosen.nonzero()[:, 1]
-        weight = g.a[rows] / q[chosen]
-        _visit_tiles(g, t0, rows, weight, chosen.sum(1).tolist())
+        _visit_tiles(g, t0, chosen, q)
 
 
 def _threshold(g: Gradients, live: Tensor, tile_map: Tensor, nll: Tensor, eps: float) -> None:
@@ -351,36 +375,45 @@ def _threshold(g: Gradients, live: Tensor, tile_map: Tensor, nll: Tensor, eps: f
         padded = torch.nn.functional.pad(may_pass & live, (0, -n % FILTER_ROWS))
         block_may_pass = padded.unflatten(1, (-1, FILTER_ROWS)).any(2)
         chosen = block_may_pass.repeat_interleave(FILTER_ROWS, 1)[:, :n] & live
-        rows = chosen.nonzero()[:, 1]
-        _visit_tiles(g, t0, rows, g.a[rows], chosen.sum(1).tolist(), threshold=eps)
+        _visit_tiles(g, t0, chosen, None, threshold=eps)
 
 
-def _passes_filter(p: Tensor, label: Tensor, inside: Tensor, rows: Tensor, eps: float) -> Tensor:
+def _passes_filter(p: Tensor, visit: Visits, eps: float) -> Tensor:
     """Which rows belong to a block with some |p - onehot| >= eps. NaN passes."""
-    distance = p.scatter_add(1, label, torch.where(inside, -1.0, 0.0).to(p.dtype)[:, None]).abs_().amax(1)
-    block = torch.div(rows, FILTER_ROWS, rounding_mode="floor")
-    worst = distance.new_zeros(int(block[-1]) + 1 if len(block) else 0).scatter_reduce_(0, block, distance, "amax")
+    assert isinstance(visit.rows, Tensor)  # whole blocks of the filter come as indices
+    distance = p.scatter_add(1, visit.label, -visit.has_label.to(p.dtype)).abs_().amax(1)
+    block = torch.div(visit.rows, FILTER_ROWS, rounding_mode="floor")
+    blocks = int(block[-1]) + 1 if len(block) else 0
+    worst = distance.new_zeros(blocks).scatter_reduce_(0, block, distance, "amax")
     return ~(worst[block] < eps)
 
 
-def _visit_tiles(
-    g: Gradients, t0: int, rows: Tensor, weight: Tensor, counts: list[int], threshold: float | None = None
-) -> None:
-    """Visit tiles t0, t0 + 1, ... with counts[k] rows each, sorted by token, in pieces of bounded size."""
+def _visit_tiles(g: Gradients, t0: int, chosen: Tensor, q: Tensor | None, threshold: float | None = None) -> None:
+    """Visit tiles t0, t0 + 1, ... as chosen [tiles, N] says, with p weighed by 1/q. Waits for the device."""
+    tile, rows = chosen.nonzero().unbind(1)
+    rows = rows.contiguous()
+    weight = g.a[rows] if q is None else g.a[rows] / q[chosen]
+    visits = g.visits(rows, weight, (tile + t0) * TILE_COLUMNS, TILE_COLUMNS)
+    by_token = [x for x in visits if isinstance(x, Tensor)]
+    counts = chosen.sum(1).tolist()
+    # A tile that most tokens visit is taken in pieces. They are cut by token and not by count, so that a block of
+    # the filter stays whole.
     n, v = len(g.e), len(g.classifier.c)
     step = max(FILTER_ROWS, _block_logits(g.e) // TILE_COLUMNS)
-    begin = 0
-    for tile, count in enumerate(counts, start=t0):
-        if count == 0:
+    edges = torch.tensor(range(step, n, step), dtype=rows.dtype, device=rows.device)
+    for k, parts in enumerate(zip(*(x.split(counts) for x in by_token), strict=True)):
+        if counts[k] == 0:
             continue
-        r, w = rows[begin : begin + count], weight[begin : begin + count]
-        begin += count
-        # Split by token, not by count: a block of the filter stays in one piece.
-        edges = torch.tensor(range(step, n, step), dtype=r.dtype, device=r.device)
-        cuts = torch.searchsorted(r, edges).tolist()
-        visits = [x for x in zip(r.tensor_split(cuts), w.tensor_split(cuts), strict=True) if len(x[0])]
-        v0 = tile * TILE_COLUMNS
-        g.visit(v0, min(v0 + TILE_COLUMNS, v), visits, threshold)
+        pieces = [Visits(*parts)]
+        if counts[k] > step:
+            cuts = torch.searchsorted(parts[0], edges).tolist()
+            pieces = [Visits(*piece) for piece in zip(*(x.tensor_split(cuts) for x in parts), strict=True)]
+        v0 = (t0 + k) * TILE_COLUMNS
+        g.add(v0, min(v0 + TILE_COLUMNS, v), pieces, threshold)
+
+
+def _take(x: Tensor, rows: slice | Tensor) -> Tensor:
+    return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
 
 
 def _live_rows(live: Tensor) -> Tensor | None:
