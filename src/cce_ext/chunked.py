@@ -146,26 +146,26 @@ def _tile_lse(classifier: Classifier, e: Tensor, buffer: Tensor) -> Tensor:
             cols, bias = classifier.columns(v0, min(v0 + buffer.shape[1], v))
             tiles = num_tiles(len(cols))
             z = buffer[: len(e), : tiles * TILE_COLUMNS]
-            z[:, len(cols) :] = -float("inf")
+            if len(cols) < z.shape[1]:
+                z[:, len(cols) :] = -float("inf")
             classifier.logits(e, cols, bias, out=z[:, : len(cols)])
             yield z, out[:, v0 // TILE_COLUMNS :][:, :tiles]
 
-    def sum_tiles(z: Tensor, into: Tensor) -> None:
-        torch.sum(z.unflatten(1, (-1, TILE_COLUMNS)), 2, out=into)
+    def sum_tiles(z: Tensor) -> Tensor:
+        return z.unflatten(1, (-1, TILE_COLUMNS)).sum(2)
 
     # Most logits are so small that exp needs no offset, which is two passes less over the block. Where some are
     # not, all is done again; only on a CPU is it free to ask.
     if e.device.type == "cpu" and len(e):
         for z, into in blocks():
-            sum_tiles(z.exp_(), into)
+            into.copy_(sum_tiles(z.exp_()))
         low, high = out.sum(1).aminmax()
         if low > _SAFE_SUMS[0] and high < _SAFE_SUMS[1]:
             return out.log_()
     for z, into in blocks():
         # A column of -inf (a masked vocabulary entry) must not make -inf - -inf.
         peak = z.amax(1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)
-        sum_tiles(z.sub_(peak).exp_(), into)
-        into.log_().add_(peak)
+        into.copy_(sum_tiles(z.sub_(peak).exp_()).log_().add_(peak))
     return out
 
 
