@@ -152,7 +152,7 @@ def _tile_lse(classifier: Classifier, e: Tensor, buffer: Tensor) -> Tensor:
             yield z, out[:, v0 // TILE_COLUMNS :][:, :tiles]
 
     def sum_tiles(z: Tensor) -> Tensor:
-        return z.unflatten(1, (-1, TILE_COLUMNS)).sum(2)
+        return z.view(len(z), -1, TILE_COLUMNS).sum(2)
 
     # Most logits are so small that exp needs no offset, which is two passes less over the block. Where some are
     # not, all is done again; only on a CPU is it free to ask.
