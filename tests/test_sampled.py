@@ -41,29 +41,34 @@ def backward(p, outputs, seed, tile_map=None, eps=EPS):
     )
 
 
-def errors_of_means(p, outputs, tile_map=None, draws=2048):
-    """Root mean square error of the mean of K draws, for K = 1, 16 and 256: [K][gradient]."""
+def deviations(p, outputs, tile_map=None, draws=2048):
+    """Of each draw from the exact gradient, relative to it: for e, c and bias a [draws, elements]."""
     exact = oracle(p, *upstream(p))[2]
     stacks = zip(*(backward(p, outputs, 1000 + k, tile_map) for k in range(draws)), strict=True)
-    errors = []
-    for stack, g in zip(stacks, exact, strict=True):
-        deviation = (torch.stack(stack) - g).flatten(1) / g.norm()
-        errors.append(
-            [deviation.unflatten(0, (-1, k)).mean(1).norm(dim=1).square().mean().sqrt().item() for k in (1, 16, 256)]
-        )
-    return errors
+    return [(torch.stack(stack) - g).flatten(1) / g.norm() for stack, g in zip(stacks, exact, strict=True)]
 
 
-def assert_converges(errors):
-    """As 1/sqrt(K). A bias b would leave b, however many draws."""
-    for one, few, many in errors:
+def rms_of_means(deviation, k):
+    """Root mean square error of the mean of k draws."""
+    return deviation.unflatten(0, (-1, k)).mean(1).norm(dim=1).square().mean().sqrt().item()
+
+
+def assert_unbiased(p, all_deviations):
+    # What is sampled is the softmax's part of the gradient, so that a wrong weight shows along it.
+    g_nll, g_lse = upstream(p)
+    softmax_part = oracle(p, torch.zeros_like(g_nll), g_nll + g_lse)[2]
+    for deviation, direction in zip(all_deviations, softmax_part, strict=True):
+        one = rms_of_means(deviation, 1)
         assert one > 0.01, "one draw shows no variance: nothing was tested"
-        assert one / few == pytest.approx(4, rel=0.15)
-        assert one / many == pytest.approx(16, rel=0.35)
+        # As 1/sqrt(K): a bias would stay, however many draws.
+        assert one / rms_of_means(deviation, 16) == pytest.approx(4, rel=0.15)
+        assert one / rms_of_means(deviation, 256) == pytest.approx(16, rel=0.35)
+        along = deviation @ direction.flatten()
+        assert abs(along.mean() / along.std() * math.sqrt(len(along))) < 4.5, "the mean is off by its own error"
 
 
 def test_mean_over_seeds_approaches_the_exact_gradient(problem):
-    assert_converges(errors_of_means(problem, forward(problem)))
+    assert_unbiased(problem, deviations(problem, forward(problem)))
 
 
 def test_any_map_is_unbiased(problem):
@@ -72,10 +77,10 @@ def test_any_map_is_unbiased(problem):
     g = torch.Generator().manual_seed(0)
     noise = torch.randn(outputs[2].shape, generator=g).to(problem.e.device)
     wrong = (outputs[2].float() + noise).to(torch.bfloat16)
-    errors = errors_of_means(problem, outputs, wrong)
-    assert_converges(errors)
-    right = errors_of_means(problem, outputs, draws=256)
-    assert all(bad[0] > 1.2 * good[0] for bad, good in zip(errors, right, strict=True))
+    bad = deviations(problem, outputs, wrong)
+    assert_unbiased(problem, bad)
+    for b, right in zip(bad, deviations(problem, outputs, draws=256), strict=True):
+        assert rms_of_means(b, 1) > 1.2 * rms_of_means(right, 1)
 
 
 def test_tokens_and_tiles_draw_independently(device):
