@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import Problem, peaked, upstream
+from problems import Problem, peaked
 from torch.nn import functional as F
 
 from cce_ext import IMPLS, LinearCrossEntropy, compute_z_loss, linear_cross_entropy
@@ -330,8 +330,7 @@ def test_upstream_gradients_scale(device):
         torch.testing.assert_close(x * 2.0**16, y)
 
 
-def test_weights_are_a_choice_of_the_upstream_gradient(device):
-    """Per-token and class weights and label smoothing need nothing from the kernels but a and b."""
+def test_class_weights_from_per_token_losses(device):
     p = peaked(50, 16, 300, device=device).leaves()
     weight = torch.rand(300, device=device) + 0.5
     nll = linear_cross_entropy(p.e, p.c, p.targets, reduction="none", impl="cce_exact")
@@ -340,4 +339,13 @@ def test_weights_are_a_choice_of_the_upstream_gradient(device):
     torch.testing.assert_close(ours, theirs)
     for x, y in zip(torch.autograd.grad(ours, (p.e, p.c)), torch.autograd.grad(theirs, (p.e, p.c)), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
-    assert upstream(p)[0].shape == nll.shape
+
+
+def test_label_smoothing_from_loss_and_lse(device):
+    p = peaked(50, 16, 300, device=device).leaves()
+    nll, lse = linear_cross_entropy(p.e, p.c, p.targets, reduction="none", return_lse=True, impl="cce_exact")
+    ours = (0.9 * nll + 0.1 * (lse - p.e @ p.c.mean(0))).mean()
+    theirs = F.cross_entropy(p.e @ p.c.T, p.targets, label_smoothing=0.1)
+    torch.testing.assert_close(ours, theirs)
+    for x, y in zip(torch.autograd.grad(ours, (p.e, p.c)), torch.autograd.grad(theirs, (p.e, p.c)), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
