@@ -1,9 +1,13 @@
-"""Inputs whose softmax looks like a trained language model's, and the statistics that say how far."""
+"""The inputs of the benchmarks, and the statistics that say how peaked their softmax is.
+
+lm: as a trained language model's. randn: logits N(0, 1). uniform: every p is 1/V. saved: a real model's, from a file.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,6 +15,7 @@ from torch import Tensor
 TOPICS = 48
 DOCUMENT = 512
 CANDIDATES = 32
+IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
@@ -22,13 +27,18 @@ class Problem:
     targets: Tensor
 
 
+def make(data: str, n: int, d: int, v: int, *, dtype: torch.dtype, device: str, seed: int = 0) -> Problem:
+    """The problem of one of KINDS."""
+    return KINDS[data](n, d, v, dtype=dtype, device=device, seed=seed)
+
+
 def lm(n: int, d: int, v: int, *, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> Problem:
     """Zipf-like unigram frequencies, shared topics per document, and a few confident candidates per token.
 
     The recipe and every constant in it: docs/design.md, "lm-like inputs".
     """
     if d <= TOPICS:
-        raise ValueError(f"d: lm inputs need a hidden width above {TOPICS}, got {d}")
+        raise ValueError(f"lm inputs need a hidden width above {TOPICS}, got {d}")
     g = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -61,6 +71,58 @@ def lm(n: int, d: int, v: int, *, dtype: torch.dtype, device: str | torch.device
 
     e, c = e.to(dtype), c.to(dtype)
     return Problem(e, c, draw_targets(e, c, g))
+
+
+def randn(n: int, d: int, v: int, *, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0) -> Problem:
+    """Gaussian e and c, scaled so that logits have variance 1; targets without preference."""
+    g = torch.Generator(device).manual_seed(seed)
+    e = torch.randn(n, d, generator=g, device=device)
+    c = torch.randn(v, d, generator=g, device=device) / math.sqrt(d)
+    return Problem(e.to(dtype), c.to(dtype), torch.randint(0, v, (n,), generator=g, device=device))
+
+
+def uniform(
+    n: int, d: int, v: int, *, dtype: torch.dtype, device: str | torch.device = "cpu", seed: int = 0
+) -> Problem:
+    """As randn, with e = 0: every p is 1/V, which is the most visits that the sampled backward can have."""
+    p = randn(n, d, v, dtype=dtype, device=device, seed=seed)
+    return Problem(torch.zeros_like(p.e), p.c, p.targets)
+
+
+def saved(file: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Problem:
+    """What torch.save({"e": .., "c": .., "targets": ..}, file) holds: e [.., D], c [V, D], targets [..].
+
+    Raises OSError for a file that cannot be read, ValueError for one that holds something else.
+    """
+    try:
+        content = torch.load(file, map_location=device, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{file}: torch.load cannot read it: {first_line(error)}") from error
+    names = ("e", "c", "targets")
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), Tensor) for name in names):
+        raise ValueError(f"{file}: expected a dict with the tensors e, c and targets")
+    e, c, targets = (content[name] for name in names)
+    if not (c.dim() == 2 and e.shape == (*targets.shape, c.shape[1]) and targets.numel() and len(c)):
+        shapes = ", ".join(f"{name} {list(content[name].shape)}" for name in names)
+        raise ValueError(f"{file}: expected e [.., D], c [V, D] and targets [..], got {shapes}")
+    outside = (targets != IGNORE_INDEX) & ((targets < 0) | (targets >= len(c)))
+    if outside.any():
+        raise ValueError(
+            f"{file}: targets: {targets[outside][0].item()} is neither in [0, {len(c)}) nor {IGNORE_INDEX}"
+        )
+    dtype = e.dtype if dtype is None else dtype
+    return Problem(e.reshape(-1, c.shape[1]).to(dtype), c.to(dtype), targets.reshape(-1).long())
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
+KINDS = {"lm": lm, "randn": randn, "uniform": uniform}
 
 
 def draw_targets(e: Tensor, c: Tensor, generator: torch.Generator, block: int = 1024) -> Tensor:

@@ -1,6 +1,6 @@
 """Host time of one call on tensors so small that nothing else counts, beside F.cross_entropy(F.linear(..)).
 
-python bench/overhead.py [--device cpu|cuda] [--out FILE.json]
+python -m bench.overhead [--device cpu|cuda] [--out FILE.json]
 
 Forward without gradients, and forward + backward: microseconds, the median of the batches; on CUDA of enqueueing.
 """
@@ -14,11 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from report import machine, save
 from torch import Tensor
 from torch.nn import functional as F
 
 from cce_ext import linear_cross_entropy
+
+from .report import machine, save
 
 N, D, V = 8, 16, 128
 
@@ -38,7 +39,9 @@ def microseconds(call: Callable[[], object], batches: int = 15, calls: int = 100
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.overhead", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--out", type=Path, help="where to save the figures as JSON")
     args = parser.parse_args()
@@ -62,7 +65,8 @@ def main() -> None:
         rows.append({"method": name, "forward_us": forward, "forward_backward_us": both})
         print(f"{name:<28}{forward:>10.1f}{both:>12.1f}")
     if args.out:
-        save(args.out, machine(args.device) | {"shape": [N, D, V]}, rows)
+        save(args.out, machine(args.device, "bench.overhead") | {"shape": [N, D, V]}, rows)
+        print(f"saved {args.out}")
 
 
 if __name__ == "__main__":

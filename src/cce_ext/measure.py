@@ -3,32 +3,48 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 
 def peak_memory(call: Callable[[], object], device: str) -> float | None:
-    """MB that call() needs at its peak beyond what is held before it.
+    """MB that call() needs at its peak beyond what is held before it: phase_peaks of one phase."""
+    peaks = phase_peaks([call], device)
+    return None if peaks is None else peaks[0]
 
-    CUDA: of PyTorch's allocator. CPU: growth of the resident set, on Linux (None elsewhere); memory that the
-    process has freed but kept is not seen, so that a fresh process gives the honest figure.
+
+def phase_peaks(phases: Sequence[Callable[[], object]], device: str) -> list[float] | None:
+    """MB at the peak of each phase, called one after the other, beyond what is held before the first.
+
+    What a phase returns is dropped. CUDA: of PyTorch's allocator. CPU: growth of the resident set, on Linux (None
+    elsewhere); memory that the process has freed but kept is not seen, so that a fresh process gives the honest figure.
     """
+    peaks = []
     if device == "cuda":
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        allocated = torch.cuda.memory_allocated()
+        for phase in phases:
+            torch.cuda.reset_peak_memory_stats()
+            phase()
+            torch.cuda.synchronize()
+            peaks.append((torch.cuda.max_memory_allocated() - allocated) / 2**20)
+        return peaks
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM: proc_pid_clear_refs(5)
+        _reset_peak()
         before = _status_kilobytes("VmRSS")
     except OSError:
         return None
-    call()
-    return max(0, _status_kilobytes("VmHWM") - before) / 1024
+    for phase in phases:
+        _reset_peak()
+        phase()
+        peaks.append(max(0, _status_kilobytes("VmHWM") - before) / 1024)
+    return peaks
+
+
+def _reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM: proc_pid_clear_refs(5)
 
 
 def _status_kilobytes(field: str) -> int:

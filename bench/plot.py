@@ -1,0 +1,193 @@
+"""`python -m bench plot FILE.. [--out FILE.png]`: time against memory, one panel a shape; cost against V and N.
+
+Shapes that differ only in V, or only in N, are a sweep: forward + backward against it, in place of a panel each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from .report import Row, check
+
+# One colour a family, one marker a member.
+STYLES: dict[str, tuple[str, str]] = {
+    "mm": ("0.35", "X"),
+    "cce": ("#0057b8", "*"),
+    "cce_exact": ("#0057b8", "o"),
+    "cce_threshold": ("#0057b8", "v"),
+    "torch_compile": ("#e69f00", "o"),
+    "baseline": ("#e69f00", "s"),
+    "torch_chunked": ("#e69f00", "D"),
+    "apple_cce": ("#cc3311", "o"),
+    "apple_cce_exact": ("#cc3311", "s"),
+    "apple_cce_kahan_full_c": ("#cc3311", "D"),
+    "liger": ("#009e73", "o"),
+    "liger_cutedsl": ("#009e73", "s"),
+    "liger_cutedsl_scaled": ("#009e73", "D"),
+    "quack": ("#8844aa", "o"),
+}
+
+Place = tuple[int, int, int, str]
+
+
+def load(files: list[Path]) -> tuple[dict[str, Any], list[Row]]:
+    """The first file's meta and the rows of all. Raises OSError or ValueError, which name the file."""
+    rows: list[Row] = []
+    first: dict[str, Any] = {}
+    for file in files:
+        try:
+            result = json.loads(file.read_text())
+            kind = check(result)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+        if kind != "bench":
+            raise ValueError(f"{file}: a results file of another benchmark ({kind})")
+        first = first or result["meta"]
+        rows += result["rows"]
+    return first, rows
+
+
+def measured(rows: list[Row]) -> list[Row]:
+    """Forward + backward, where it was measured. A later file's row takes the place of an earlier one's."""
+    latest = {(*place(r), r["method"]): r for r in rows if r["kind"] == "loss-fw-bw" and r["runtime_ms"] is not None}
+    return list(latest.values())
+
+
+def place(row: Row) -> Place:
+    return row["n"], row["d"], row["v"], row["data"]
+
+
+def find_sweeps(places: list[Place]) -> tuple[list[tuple[str, list[Place]]], list[Place]]:
+    """(axis, places) of each sweep, "v" or "n", and the places that are in none."""
+    sweeps = []
+    for axis, index in (("v", 2), ("n", 0)):
+        groups = defaultdict(list)
+        for at in places:
+            groups[at[:index] + at[index + 1 :]].append(at)
+        sweeps += [(axis, sorted(group)) for group in groups.values() if len(group) > 1]
+    swept = {at for _, group in sweeps for at in group}
+    return sweeps, [at for at in places if at not in swept]
+
+
+def draw(meta: dict[str, Any], rows: list[Row], file: Path) -> None:
+    """One PNG. Raises ValueError if nothing was measured."""
+    from matplotlib.figure import Figure
+
+    rows = measured(rows)
+    if not rows:
+        raise ValueError("no row has a forward + backward time: there is nothing to draw")
+    sweeps, single = find_sweeps(list(dict.fromkeys(place(r) for r in rows)))
+    count = len(sweeps) + len(single)
+    columns = min(count, 3)
+    lines = -(-count // columns)
+    figure = Figure(figsize=(max(7.2, 5.4 * columns), 4.4 * lines + 1.3), layout="constrained")
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axes in panels[count:]:
+        axes.set_visible(False)
+    for axes, at in zip(panels, single, strict=False):
+        draw_shape(axes, [r for r in rows if place(r) == at])
+    for axes, (axis, group) in zip(panels[len(single) :], sweeps, strict=False):
+        draw_sweep(axes, axis, [r for r in rows if place(r) in group])
+    handles = {}
+    for axes in panels[:count]:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    names = [m for m in STYLES if m in handles] + [m for m in handles if m not in STYLES]
+    figure.legend(
+        [handles[m] for m in names], names, loc="outside lower center", ncols=min(len(names), 3 * columns), fontsize=8
+    )
+    softcap = f", softcap {meta['softcap']:g}" if meta["softcap"] else ""
+    figure.suptitle(
+        f"Forward + backward, {meta['dtype']}{softcap}, {meta['device']}, torch {meta['torch']}", fontsize=10
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=130)
+
+
+def draw_shape(axes: Any, rows: list[Row]) -> None:
+    """Time against memory; a method with little memory is drawn at 1 MB."""
+    for row in rows:
+        if row["op_mem_mb"] is None:
+            continue
+        color, marker = STYLES.get(row["method"], ("0.6", "o"))
+        size = 170 if marker == "*" else 55
+        axes.scatter(
+            max(row["op_mem_mb"], 1.0),
+            row["runtime_ms"],
+            s=size,
+            color=color,
+            marker=marker,
+            label=row["method"],
+            edgecolors="white",
+            linewidths=0.6,
+            zorder=3,
+        )
+    products = [r for r in rows if r["method"] == "mm"]
+    if products:
+        axes.axhline(products[0]["runtime_ms"], color="0.35", linewidth=0.8, linestyle=":", zorder=1)
+        at = (0.99, products[0]["runtime_ms"])
+        axes.annotate(
+            "the three products alone", at, xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7
+        )
+    first = rows[0]
+    axes.set(xscale="log", yscale="log", xlabel="peak memory over the inputs (MB)", ylabel="time (ms)")
+    number_ticks(axes)
+    name = f"{first['shape']}: " if "," not in first["shape"] else ""
+    axes.set_title(f"{name}N={first['n']} D={first['d']} V={first['v']}, {first['data']}", fontsize=9)
+    axes.grid(alpha=0.3, which="both", linewidth=0.5)
+    axes.margins(0.12)
+
+
+def draw_sweep(axes: Any, axis: str, rows: list[Row]) -> None:
+    methods = dict.fromkeys(r["method"] for r in rows)
+    for method in methods:
+        points = sorted((r[axis], r["runtime_ms"]) for r in rows if r["method"] == method)
+        color, marker = STYLES.get(method, ("0.6", "o"))
+        size = 11 if marker == "*" else 6
+        axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=size, linewidth=1.2, label=method)
+    first = rows[0]
+    fixed = f"N={first['n']} D={first['d']}" if axis == "v" else f"D={first['d']} V={first['v']}"
+    axes.set(xscale="log", yscale="log", ylabel="time (ms)")
+    axes.set_xlabel("vocabulary V" if axis == "v" else "tokens N")
+    values = sorted({r[axis] for r in rows})
+    axes.set_xticks(values, [str(x) for x in values], fontsize=8)
+    axes.minorticks_off()
+    number_ticks(axes, x=False)
+    axes.set_title(f"{fixed}, {first['data']}", fontsize=9)
+    axes.grid(alpha=0.3, which="both", linewidth=0.5)
+
+
+def number_ticks(axes: Any, x: bool = True) -> None:
+    """Ticks at 1, 2 and 5 times powers of ten, as plain numbers: a log axis of one decade has few of its own."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    for axis in (axes.xaxis, axes.yaxis) if x else (axes.yaxis,):
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=15))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="results of python -m bench")
+    parser.add_argument("--out", type=Path, metavar="FILE.png", help="default: the first file's name, as .png")
+    args = parser.parse_args(argv)
+    out = args.out or args.files[0].with_suffix(".png")
+    if out.suffix != ".png":
+        parser.error(f"--out: expected a .png file, got {str(out)!r}")
+    try:
+        draw(*load(args.files), out)
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("matplotlib"):
+            raise
+        parser.error('matplotlib is missing: pip install ".[bench]"')
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    print(f"saved {out}")
+    return 0

@@ -1,0 +1,51 @@
+"""Every implementation of cce_ext on a GPU, forward and backward, at small odd shapes: for compute-sanitizer.
+
+    compute-sanitizer --tool memcheck --error-exitcode 1 python -m bench.sanitize
+
+It calls the public function only, so that a new kernel is there as soon as the function uses it. Run it with
+PYTORCH_NO_CUDA_MEMORY_CACHING=1: in a cached block of PyTorch's a read past a tensor's end goes unnoticed.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from cce_ext import HAS_CUDA, linear_cross_entropy
+
+# Tails in every dimension, and whole blocks: N, D, V.
+SHAPES = ((1, 8, 5), (128, 64, 512), (130, 72, 1001))
+IMPLS = ("cce", "cce_exact", "cce_threshold")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def main() -> int:
+    if not (HAS_CUDA and torch.cuda.is_available()):
+        print("no CUDA device, or cce_ext was built without its CUDA kernels", file=sys.stderr)
+        return 2
+    calls = 0
+    for n, d, v in SHAPES:
+        for dtype in DTYPES:
+            # Made on the CPU: initcheck then has nobody else's kernels to doubt.
+            g = torch.Generator().manual_seed(0)
+            e = torch.randn(n, d, generator=g).to(dtype).cuda().requires_grad_()
+            c = (torch.randn(v, d, generator=g) / d**0.5).to(dtype).cuda().requires_grad_()
+            bias = torch.randn(v, generator=g).to(dtype).cuda().requires_grad_()
+            targets = torch.randint(0, v, (n,), generator=g)
+            targets[n // 2 :: 7] = -100
+            for impl in IMPLS:
+                for softcap, b in ((None, None), (20.0, bias)):
+                    loss = linear_cross_entropy(e, c, targets.cuda(), b, softcap=softcap, reduction="sum", impl=impl)
+                    grads = torch.autograd.grad(loss, [x for x in (e, c, b) if x is not None])
+                    if not all(x.isfinite().all() for x in (loss, *grads)):
+                        print(f"not finite: N={n} D={d} V={v} {dtype} {impl} softcap={softcap}", file=sys.stderr)
+                        return 1
+                    calls += 1
+    torch.cuda.synchronize()
+    print(f"{calls} calls, all finite")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

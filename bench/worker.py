@@ -1,0 +1,309 @@
+"""All methods at one shape, in a process of its own: `python -m bench.worker JOB.json STATE.json`.
+
+A kernel that reads out of bounds takes its process's GPU context with it, and a compiler can crash or hang. So this
+process notes in STATE what it is at; the one that started it (`__main__.py`) starts another without the culprit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import math
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from . import errors, inputs, memory
+from .inputs import Problem, first_line
+from .methods import METHODS, LossStep, Method, Step, Unsupported, make_step
+from .shapes import Shape
+from .timing import FEWEST_REPEATS, KINDS, SLOW_MS, Times, interleave, spread
+
+# Floating-point operations of the dense loss, in products of N x D x V multiply-adds.
+PRODUCTS = {"loss-fw": 1, "loss-bw": 2, "loss-fw-bw": 3}
+DRAWS = 8
+# Of the time there is: for the first calls of all methods, and of any one of them.
+PREPARE_SHARE = 0.75
+METHOD_SHARE = 0.5
+TIME_LIMIT = "not measured: the time limit"
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What to measure. data: one of inputs.KINDS, or saved:FILE. seconds: time to stay within, or None.
+
+    excluded: the note of each method that is not to be tried again.
+    """
+
+    shape: tuple[str, int, int, int]
+    data: str
+    dtype: str
+    device: str
+    methods: list[str]
+    softcap: float | None
+    seed: int
+    repeats: int
+    warmup: int
+    seconds: float | None
+    excluded: dict[str, str]
+
+
+@dataclasses.dataclass
+class State:
+    """What the worker is at (current: a method's name, or None), why it ended, and what it found."""
+
+    file: Path
+    current: str | None = None
+    reason: str | None = None
+    done: bool = False
+    statistics: dict[str, float] = dataclasses.field(default_factory=dict)
+    rows: list[Row] = dataclasses.field(default_factory=list)
+
+    def save(self) -> None:
+        content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "file"}
+        self.file.write_text(json.dumps(content))
+
+
+class DeviceLost(Exception):
+    """The GPU context is gone: nothing more can run in this process."""
+
+
+def load_problem(job: Job) -> Problem:
+    dtype = getattr(torch, job.dtype)
+    if job.data.startswith("saved:"):
+        return inputs.saved(job.data.removeprefix("saved:"), dtype=dtype, device=job.device)
+    return inputs.make(job.data, *job.shape[1:], dtype=dtype, device=job.device, seed=job.seed)
+
+
+def empty_rows(shape: Shape, data: str, method: str, note: str) -> list[Row]:
+    """The rows, one a kind, of a method that was not measured."""
+    figures = ("runtime_ms", "runtime_p20", "runtime_p80", "x_mm", "tflops", "op_mem_mb")
+    figures += ("de_err", "dc_err", "de_err_mean8", "dc_err_mean8")
+    name, n, d, v = shape
+    return [
+        {"shape": name, "n": n, "d": d, "v": v, "data": data, "method": method, "kind": kind}
+        | dict.fromkeys(figures)
+        | {"note": note}
+        for kind in KINDS
+    ]
+
+
+def fill_times(rows: dict[str, list[Row]], times: dict[str, Times]) -> None:
+    """Times, and what follows from them, into the rows of each method."""
+    mm = spread(times["mm"].forward)[0] if "mm" in times and times["mm"].forward else None
+    for method, measured in times.items():
+        if not measured.forward:
+            add_note(rows[method], TIME_LIMIT)
+            continue
+        for row in rows[method]:
+            row["runtime_ms"], row["runtime_p20"], row["runtime_p80"] = spread(measured.of(row["kind"]))
+            row["x_mm"] = row["runtime_ms"] / mm if mm else None
+            operations = 2 * PRODUCTS[row["kind"]] * row["n"] * row["d"] * row["v"]
+            row["tflops"] = operations / row["runtime_ms"] * 1e-9
+
+
+def add_note(rows: list[Row], note: str) -> None:
+    for row in rows:
+        row["note"] = "; ".join(x for x in (row["note"], note) if x)
+
+
+class Shapework:
+    """Measures the methods of a job, one after the other and then in turns."""
+
+    def __init__(self, job: Job, state: State) -> None:
+        self.job, self.state = job, state
+        self.shape = Shape(*job.shape)
+        seconds = float("inf") if job.seconds is None else job.seconds
+        self.deadline = time.monotonic() + seconds
+        # First calls can take long, and without the turns after them nothing is measured at all.
+        self.prepare_until = time.monotonic() + PREPARE_SHARE * seconds
+        self.rows: dict[str, list[Row]] = {}
+        self.calls_ms: dict[str, float] = {}
+
+    def run(self) -> None:
+        """Fills state.statistics and state.rows. Raises DeviceLost."""
+        job = self.job
+        self.problem = load_problem(job)
+        self.state.statistics = inputs.statistics(self.problem)
+        self.exact = errors.exact(self.problem, job.softcap)
+        steps: dict[str, Step] = {}
+        for name in tqdm(job.methods, desc=f"{self.shape.name}: first calls", leave=False):
+            self.rows[name] = empty_rows(self.shape, job.data, name, job.excluded.get(name, ""))
+            if name in job.excluded:
+                continue
+            if time.monotonic() + self.seconds_to_time() >= self.prepare_until:
+                add_note(self.rows[name], TIME_LIMIT)
+                continue
+            self.state.current = name
+            self.state.save()
+            step = self.prepare_in_time(METHODS[name])
+            if step is not None:
+                steps[name] = step
+        self.state.current = None
+        self.state.save()
+        self.exact = None
+
+        slow = frozenset(name for name in steps if self.calls_ms[name] > SLOW_MS and job.repeats > FEWEST_REPEATS)
+        with tqdm(total=self.turns(steps, slow), desc=f"{self.shape.name}: in turns", leave=False) as bar:
+            times = interleave(
+                steps,
+                job.device,
+                job.repeats,
+                job.warmup,
+                few=slow,
+                deadline=self.deadline,
+                tick=bar.update,
+                failed=self.failed,
+            )
+        fill_times(self.rows, times)
+        for name, measured in times.items():
+            if 0 < len(measured.forward) < job.repeats:
+                add_note(self.rows[name], f"{len(measured.forward)} repeats")
+        self.state.rows = [row for rows in self.rows.values() for row in rows]
+
+    def turns(self, steps: dict[str, Step], slow: frozenset[str]) -> int:
+        quick = len(steps) - len(slow)
+        return quick * (self.job.repeats + self.job.warmup) + len(slow) * (FEWEST_REPEATS + min(1, self.job.warmup))
+
+    def seconds_to_time(self) -> float:
+        """Seconds that the turns of what is prepared so far will take, with a little to spare."""
+        rounds = self.job.repeats + self.job.warmup
+        few = min(rounds, FEWEST_REPEATS + 1)
+        ms = sum(x * (few if x > SLOW_MS else rounds) for x in self.calls_ms.values())
+        return 1.1e-3 * ms
+
+    def prepare_in_time(self, method: Method) -> Step | None:
+        """prepare(), in a process that ends itself if that hangs, to leave the others their time."""
+        if self.job.seconds is None:
+            return self.prepare(method)
+        limit = METHOD_SHARE * self.job.seconds
+
+        def end() -> None:
+            self.state.reason = f"failed: its first calls took more than {limit:.0f} s"
+            self.state.save()
+            os._exit(3)
+
+        timer = threading.Timer(limit, end)
+        timer.daemon = True
+        timer.start()
+        try:
+            return self.prepare(method)
+        finally:
+            timer.cancel()
+
+    def prepare(self, method: Method) -> Step | None:
+        """The first calls: compiles, checks the loss and the gradient, measures memory. None if the method fails."""
+        rows = self.rows[method.name]
+        try:
+            step = make_step(method, self.problem, self.job.softcap)
+            if isinstance(step, LossStep):
+                self.check(step, method)
+            self.call(step)
+            start = time.perf_counter()
+            self.call(step)
+            self.calls_ms[method.name] = 1e3 * (time.perf_counter() - start)
+            peaks = memory.peaks(method, self.problem, self.job.softcap)
+            for row in rows:
+                row["op_mem_mb"] = peaks[row["kind"]]
+            add_note(rows, method.note)
+            return step
+        except Exception as error:
+            self.failed(method.name, error)
+        return None
+
+    def call(self, step: Step) -> None:
+        step.forward()
+        step.backward()
+        step.release()
+        self.synchronize()
+
+    def synchronize(self) -> None:
+        if self.job.device == "cuda":
+            torch.cuda.synchronize()
+
+    def check(self, step: LossStep, method: Method) -> None:
+        """Loss and gradients against the exact ones; a loss that is more than 1 % off is noted."""
+        rows = self.rows[method.name]
+        if self.exact is None:
+            add_note(rows, "gradient not checked: fp64 does not fit")
+            return
+        of = self.exact.problem
+        if len(of.e) < len(self.problem.e):
+            add_note(rows, f"gradient error on the first {len(of.e)} tokens")
+            step = LossStep(step.function, of)
+        total: list[torch.Tensor] = []
+        figures: dict[str, float | None] = {}
+        for draw in range(DRAWS if method.draws else 1):
+            torch.manual_seed(self.job.seed + draw)
+            step.forward()
+            step.backward()
+            assert step.loss is not None and step.gradients is not None
+            if draw == 0:
+                loss = step.loss.item()
+                if not abs(loss - self.exact.loss) <= 0.01 * abs(self.exact.loss):
+                    add_note(rows, f"WRONG: loss {loss:.6g}, exact {self.exact.loss:.6g}")
+                figures["de_err"], figures["dc_err"] = self.exact.errors(step.gradients)
+            if method.draws:
+                drawn = [g.float() / DRAWS for g in step.gradients]
+                total = [t.add_(g) for t, g in zip(total, drawn, strict=True)] if total else drawn
+            step.release()
+        if method.draws:
+            figures["de_err_mean8"], figures["dc_err_mean8"] = self.exact.errors(tuple(total))
+        if any(x is not None and not math.isfinite(x) for x in figures.values()):
+            add_note(rows, "WRONG: a gradient is not finite")
+            figures = {name: x if x is not None and math.isfinite(x) else None for name, x in figures.items()}
+        for row in rows:
+            if row["kind"] != "loss-fw":
+                row.update(figures)
+
+    def failed(self, name: str, error: Exception) -> None:
+        """Notes why a method has no figures. Raises DeviceLost if the GPU does not answer any more."""
+        if isinstance(error, ImportError) and isinstance(error.__cause__ or error, ModuleNotFoundError):
+            note = f"missing: {first_line(error)}"
+        elif isinstance(error, Unsupported):
+            note = f"not run: {first_line(error)}"
+        else:
+            note = f"failed: {first_line(error)}"
+        self.rows[name] = empty_rows(self.shape, self.job.data, name, note)
+        self.calls_ms.pop(name, None)
+        error.__traceback__ = None  # its frames hold the method's tensors
+        gc.collect()
+        if self.job.device != "cuda":
+            return
+        try:
+            torch.cuda.synchronize()
+        except Exception as lost:
+            self.state.current = name
+            raise DeviceLost(note) from lost
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    job_file, state_file = sys.argv[1:]
+    job = Job(**json.loads(Path(job_file).read_text()))
+    state = State(Path(state_file))
+    try:
+        Shapework(job, state).run()
+        state.done = True
+    except DeviceLost as lost:
+        state.reason = str(lost)
+        state.save()
+        os._exit(3)  # a context that is lost cannot be torn down in order
+    except Exception as error:
+        state.current = None
+        state.reason = f"failed: {first_line(error)}"
+    state.save()
+    sys.exit(0 if state.done else 3)
+
+
+if __name__ == "__main__":
+    main()
