@@ -4,7 +4,11 @@
 #include <cstdint>
 
 #include "kernels/label_logits_config.h"
+#include "kernels/logits_sm80_config.h"
+#include "kernels/visits_config.h"
 #include "launch/params.h"
+#include "tile/constants.h"
+#include "tile/schedule.h"
 
 // Which configuration a kernel runs in, and why. Pure C++: tested without a GPU.
 namespace cce {
@@ -28,7 +32,7 @@ struct LabelLogitsPlan {
   unsigned blocks;
 };
 
-inline LabelLogitsPlan plan_label_logits(const LabelLogitsParams& p) {
+inline LabelLogitsPlan plan_label_logits(const LossInputs& p) {
   const int64_t bytes = element_bytes(p.dtype);
   const auto aligned = [](const void* pointer) {
     return reinterpret_cast<uintptr_t>(pointer) % kLabelLogitsVectorBytes == 0;
@@ -56,6 +60,147 @@ inline LabelLogitsPlan plan_label_logits(const LabelLogitsParams& p) {
   constexpr int64_t kLargestGrid = INT32_MAX;
   const int64_t blocks = (p.n + kLabelLogitsTokensPerBlock - 1) / kLabelLogitsTokensPerBlock;
   plan.blocks = static_cast<unsigned>(std::min(blocks, kLargestGrid));
+  return plan;
+}
+
+// What a plan needs to know of a GPU.
+struct DeviceLimits {
+  int multiprocessors;
+  int shared_bytes;  // that one block may have
+};
+
+inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+inline int64_t round_up(int64_t x, int64_t y) { return ceil_div(x, y) * y; }
+
+// Stages of a cp.async ring that fit beside `other_bytes`: 4 hide the latency of memory, 2 are the least.
+inline int ring_stages(const DeviceLimits& limits, int stage_bytes, int other_bytes) {
+  const int fit = (limits.shared_bytes - other_bytes) / stage_bytes;
+  return std::max(2, std::min(4, fit));
+}
+
+// ---- Forward ----
+
+struct LceForwardPlan {
+  ForwardSchedule schedule;
+  int stages;
+  int shared_bytes;
+  int blocks;
+  const char* reason;  // for the splits
+};
+
+// Partial log-sum-exps may take 2 MB, or one run of columns a token.
+constexpr int64_t kMaxPartials = int64_t{1} << 19;
+
+inline LceForwardPlan plan_lce_forward(int64_t n, int64_t v, const DeviceLimits& limits) {
+  LceForwardPlan plan{};
+  plan.stages = ring_stages(limits, kLogitsStageBytes, kLogitsStateBytes);
+  plan.shared_bytes = logits_shared_bytes(plan.stages);
+  plan.schedule.row_blocks = static_cast<int>(ceil_div(n, kLogitsRows));
+  plan.schedule.column_blocks = static_cast<int>(ceil_div(v, kLogitsColumns));
+  const int64_t most = std::min<int64_t>(plan.schedule.column_blocks, std::max<int64_t>(1, kMaxPartials / n));
+  // The time of a unit beside its columns, in column blocks: its row block's first stages come from further
+  // away.
+  constexpr double kUnitCost = 0.1;
+  double least = 0;
+  for (int splits = 1; splits <= most; ++splits) {
+    const int64_t units = static_cast<int64_t>(plan.schedule.row_blocks) * splits;
+    const double waves = static_cast<double>(ceil_div(units, limits.multiprocessors));
+    const double time =
+        waves * (static_cast<double>(ceil_div(plan.schedule.column_blocks, splits)) + kUnitCost);
+    if (splits == 1 || time < least) {
+      least = time;
+      plan.schedule.splits = splits;
+    }
+  }
+  plan.reason = plan.schedule.splits == most && most < plan.schedule.column_blocks
+                    ? "as many runs of columns as 2 MB of partial sums hold"
+                    : "the runs of columns that leave the last wave fullest";
+  plan.blocks = std::min(plan.schedule.units(), limits.multiprocessors);
+  return plan;
+}
+
+// ---- Exact backward ----
+
+struct ExactPlan {
+  int64_t chunk_columns;  // a multiple of 256: columns of dz held at a time
+  int chunks;
+  int stages;
+  int shared_bytes;
+  int blocks;
+};
+
+// dz of a chunk may take this, or a sixteenth of the gradients.
+constexpr int64_t kMinChunkBytes = int64_t{64} << 20;
+
+inline ExactPlan plan_exact(int64_t n, int64_t d, int64_t v, bool need_e, bool need_c,
+                            const DeviceLimits& limits) {
+  ExactPlan plan{};
+  plan.stages = ring_stages(limits, kLogitsStageBytes, kLogitsStateBytes);
+  plan.shared_bytes = logits_shared_bytes(plan.stages);
+  plan.blocks = limits.multiprocessors;
+  const int64_t bytes = std::max(kMinChunkBytes, (n + v) * d * 2 / 10);
+  const int64_t most = std::max<int64_t>(
+      kLogitsColumns,
+      std::min(round_up(v, kLogitsColumns), bytes / (2 * n) / kLogitsColumns * kLogitsColumns));
+  // A block's time in columns of depth, with what its epilogue costs beside.
+  constexpr double kLogitsCost = 100, kClassifierCost = 150, kEmbeddingCost = 300;
+  const int64_t grid = limits.multiprocessors;
+  const int64_t row_blocks = ceil_div(n, kLogitsRows), blocks_d = ceil_div(d, kLogitsColumns);
+  double least = 0;
+  for (int64_t columns = kLogitsColumns; columns <= most; columns += kLogitsColumns) {
+    const int64_t chunks = ceil_div(v, columns);
+    const double logits = static_cast<double>(ceil_div(row_blocks * (columns / kLogitsColumns), grid)) *
+                          (static_cast<double>(d) + kLogitsCost);
+    const int64_t blocks_c = need_c ? columns / kLogitsRows * blocks_d : 0;
+    const int64_t blocks = blocks_c + (need_e ? row_blocks * blocks_d : 0);
+    double products = 0;
+    for (int64_t k = 0; k < std::min(grid, blocks); ++k) {
+      const auto of_c = static_cast<double>(k < blocks_c ? ceil_div(blocks_c - k, grid) : 0);
+      const auto all = static_cast<double>(ceil_div(blocks - k, grid));
+      products = std::max(products, of_c * (static_cast<double>(n) + kClassifierCost) +
+                                        (all - of_c) * (static_cast<double>(columns) + kEmbeddingCost));
+    }
+    const double time = static_cast<double>(chunks) * (logits + products);
+    if (plan.chunk_columns == 0 || time < least) {
+      least = time;
+      plan.chunk_columns = columns;
+      plan.chunks = static_cast<int>(chunks);
+    }
+  }
+  return plan;
+}
+
+// ---- Sampled and threshold backward ----
+
+struct VisitsPlan {
+  int64_t tiles;
+  int words;         // of a tile's bits
+  int slices;        // of D, for items of dC; 0 where neither dC nor dbias is wanted
+  int64_t capacity;  // rows of dz in a chunk
+  int64_t buffer;    // rows of one of the ring's two buffers
+  int64_t chunks;    // at most
+  int64_t items;     // at most
+  int stages;
+  int shared_bytes;
+  int blocks;
+};
+
+// A chunk holds 16 visits a token: lm-like data, at about 20 a token, needs two.
+constexpr int64_t kChunkVisitsPerToken = 16;
+
+inline VisitsPlan plan_visits(int64_t n, int64_t d, int64_t v, bool need_c, bool need_bias, int row_bytes,
+                              const DeviceLimits& limits) {
+  VisitsPlan plan{};
+  plan.tiles = ceil_div(v, kTileColumns);
+  plan.words = mask_words(static_cast<int>(n));
+  plan.slices = need_c || need_bias ? static_cast<int>(ceil_div(d, kVisitSlice)) : 0;
+  plan.capacity = kChunkVisitsPerToken * n;
+  plan.buffer = plan.capacity + n;
+  plan.chunks = plan.tiles * n / plan.capacity + 1;
+  plan.items = plan.tiles * (ceil_div(n, kVisitRows) + plan.slices);
+  plan.stages = ring_stages(limits, kVisitStageBytes, row_bytes);
+  plan.shared_bytes = plan.stages * kVisitStageBytes + row_bytes;
+  plan.blocks = limits.multiprocessors;
   return plan;
 }
 

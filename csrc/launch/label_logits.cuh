@@ -10,15 +10,16 @@
 namespace cce {
 
 template <DType kDType, typename Index>
-void enqueue_label_logits(const LabelLogitsParams& p, const LabelLogitsPlan& plan, cudaStream_t stream) {
+void enqueue_label_logits(const LabelLogitsParams& params, const LabelLogitsPlan& plan, cudaStream_t stream) {
   using Element = typename TypesOf<kDType>::Element;
   using Accumulator = typename TypesOf<kDType>::Accumulator;
+  const LossInputs& p = params.in;
   LabelLogitsArguments<Element, Accumulator, Index> a;
   a.e = static_cast<const Element*>(p.e);
   a.c = static_cast<const Element*>(p.c);
   a.bias = static_cast<const Element*>(p.bias);
   a.targets = static_cast<const Index*>(p.targets);
-  a.out = static_cast<Accumulator*>(p.out);
+  a.out = static_cast<Accumulator*>(params.out);
   a.n = p.n;
   a.d = p.d;
   a.v = p.v;
@@ -39,12 +40,12 @@ void enqueue_label_logits(const LabelLogitsParams& p, const LabelLogitsPlan& pla
 
 template <DType kDType>
 const char* launch_label_logits(const LabelLogitsParams& params, int device, void* stream) {
-  if (params.n == 0) return nullptr;
+  if (params.in.n == 0) return nullptr;
   // torch's device guard sets the device of torch's CUDA runtime; the static one linked here keeps its own.
   cudaError_t error = cudaSetDevice(device);
   if (error == cudaSuccess) {
-    const LabelLogitsPlan plan = plan_label_logits(params);
-    if (params.targets_are_int64) {
+    const LabelLogitsPlan plan = plan_label_logits(params.in);
+    if (params.in.targets_are_int64) {
       enqueue_label_logits<kDType, int64_t>(params, plan, static_cast<cudaStream_t>(stream));
     } else {
       enqueue_label_logits<kDType, int32_t>(params, plan, static_cast<cudaStream_t>(stream));

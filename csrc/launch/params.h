@@ -7,19 +7,68 @@ namespace cce {
 
 enum class DType { kFloat16, kBFloat16, kFloat32, kFloat64 };
 
-// Strides are in elements; the last dimension of e and c has stride 1.
-struct LabelLogitsParams {
+// What every operator's kernels read of the inputs. Strides are in elements; the last dimension of e and c
+// has stride 1.
+struct LossInputs {
   const void* e;        // [n, d]
   const void* c;        // [v, d], of e's dtype
   const void* bias;     // [v], of e's dtype, or null
   const void* targets;  // [n], int32 or int64
-  void* out;            // [n], contiguous: float, or double for double e
   int64_t n, d, v;
   int64_t e_row_stride, c_row_stride, bias_stride, target_stride;
   int64_t ignore_index;
   double softcap;  // 0: none
   DType dtype;
   bool targets_are_int64;
+};
+
+struct LabelLogitsParams {
+  LossInputs in;
+  void* out;  // [n], contiguous: float, or double for double e
+};
+
+// Rows of e and c are multiples of 16 bytes apart, begin at one, and have d % 8 == 0 elements. All that is
+// written is contiguous.
+struct LceForwardParams {
+  LossInputs in;
+  const float* label_logits;  // [n]
+  float* partial_lse;         // scratch: [splits, n]
+  void* tile_map;             // [tiles, n] bf16, or null
+  float* nll;                 // [n]
+  float* lse;                 // [n]
+};
+
+// As LceForwardParams; what a backward shares, whichever pairs it visits.
+struct LceBackwardParams {
+  LossInputs in;
+  const float* g_nll;  // [n] or null
+  const float* g_lse;  // [n] or null
+  int64_t g_nll_stride, g_lse_stride;
+  const float* nll;  // [n]
+  const float* lse;  // [n]
+  void* rows;        // scratch: [n] GradientRow, 16 bytes each
+  void* control;     // scratch: VisitControl
+  void* grad_e;      // [n, d] or null
+  void* grad_c;      // [v, d] or null
+  void* grad_bias;   // [v] or null
+  float* sum_e;      // scratch: [n, d] where grad_e is wanted
+};
+
+struct ExactScratch {
+  void* dz;  // [n, chunk columns] of e's dtype
+};
+
+struct VisitsScratch {
+  const void* tile_map;  // [tiles, n] bf16, of the forward
+  const int64_t* seed;   // one, or null: by threshold
+  double eps;
+  void* mask;          // [tiles, mask words]
+  void* counts;        // [tiles]
+  void* order;         // [tiles]
+  void* chunk_begins;  // [chunks + 1, 2]
+  void* items;         // VisitItem each
+  void* dz;            // [2 buffers, 128] of e's dtype
+  void* tokens;        // [2 buffers]
 };
 
 }  // namespace cce

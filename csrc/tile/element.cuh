@@ -28,6 +28,18 @@ __device__ __forceinline__ Accumulator widen(double x) {
   return static_cast<Accumulator>(x);
 }
 
+// A sum, rounded to an element.
+template <typename Element>
+__device__ __forceinline__ Element narrow(float x);
+template <>
+__device__ __forceinline__ __half narrow<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
 // kCount consecutive elements, loaded by one instruction: 16 bytes of them at a 16-byte boundary, or a single
 // one anywhere.
 template <typename Element, int kCount>

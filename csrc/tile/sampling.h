@@ -3,11 +3,7 @@
 #include <cmath>
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define CCE_HOST_DEVICE __host__ __device__
-#else
-#define CCE_HOST_DEVICE
-#endif
+#include "tile/host_device.h"
 
 // Which (token, vocab tile) pairs the sampled backward visits: a counter-based hash of (seed, token, tile),
 // so that every kernel and every implementation draws the same pairs in any order and with no state.

@@ -7,7 +7,7 @@ lce_backward, both functional.
 from __future__ import annotations
 
 import json
-import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import chunked
-from .checks import check_inputs, check_options, check_target_range
+from .checks import check_inputs, check_options, check_target_range, may_look_at
 from .methods import check_eps
 
 LIBRARY = Path(__file__).with_name("_C.abi3.so")
@@ -37,12 +37,6 @@ def _check_call(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, soft
         raise ValueError(f"e: expected [N, D], got {list(e.shape)}")
     check_inputs(e, c, targets, bias)
     check_options("none", softcap)
-
-
-def _check_targets_here(targets: Tensor, c: Tensor, ignore_index: int) -> None:
-    """Where looking at the targets costs no wait for a device, or where CCE_DEBUG=1 asks for it."""
-    if targets.device.type == "cpu" or os.environ.get("CCE_DEBUG") == "1":
-        check_target_range(targets, len(c), ignore_index)
 
 
 def _label_logits(
@@ -75,7 +69,8 @@ def _lce_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_call(e, c, bias, targets, softcap)
     check_eps(method, eps, "eps")
-    _check_targets_here(targets, c, ignore_index)
+    if may_look_at(targets):
+        check_target_range(targets, len(c), ignore_index)
     # The operator where it has a kernel of its own; elsewhere it would only be a longer way to the same function.
     label_logits = torch.ops.cce.label_logits if HAS_CUDA and e.is_cuda else chunked.label_logits
     label = label_logits(e, c, bias, targets, ignore_index=ignore_index, softcap=softcap)
@@ -216,6 +211,8 @@ def _save_for_backward(ctx: Any, inputs: Any, keyword_only_inputs: dict[str, Any
 def _backward(ctx: Any, g_nll: Tensor | None, g_lse: Tensor | None, g_map: None) -> tuple[Tensor | None, ...]:
     e, c, bias, targets, nll, lse, tile_map, seed = ctx.saved_tensors
     need = ctx.needs_input_grad[:3]
+    if need[0] and ctx.options["filter_e"] and ctx.options["method"] != "exact":
+        _check_determinism(e)
     gradients = torch.ops.cce.lce_backward(
         g_nll,
         g_lse,
@@ -234,6 +231,19 @@ def _backward(ctx: Any, g_nll: Tensor | None, g_lse: Tensor | None, g_map: None)
     )
     d_e, d_c, d_bias = (g if needed else None for g, needed in zip(gradients, need, strict=True))
     return d_e, d_c, d_bias, None, None
+
+
+def _check_determinism(e: Tensor) -> None:
+    """The visits' kernel adds to dE in no order, and so do the index_add_ of the portable path on a GPU."""
+    if e.is_cuda and torch.are_deterministic_algorithms_enabled():
+        message = (
+            "cce_ext: on CUDA the sampled and the threshold gradient of e are sums in no fixed order, whose last bits "
+            "differ from run to run. With torch.use_deterministic_algorithms(True) use impl='cce_exact' or "
+            "filter_e_grad=False, which are deterministic"
+        )
+        if not torch.is_deterministic_algorithms_warn_only_enabled():
+            raise RuntimeError(message)
+        warnings.warn(message, stacklevel=2)
 
 
 def _once_differentiable(ctx: Any, *grads: Any) -> NoReturn:
@@ -280,6 +290,9 @@ for _key in ("AutocastCPU", "AutocastCUDA", "AutocastXPU", "AutocastMPS"):
 _library.impl("label_logits", _label_logits, "CompositeExplicitAutograd")
 _library.impl("lce_forward", _lce_forward, "CompositeExplicitAutograd")
 _library.impl("lce_backward", _lce_backward, "CompositeExplicitAutograd")
+# Where the CUDA kernels of the two above leave a dtype to portable torch.
+_library.impl("lce_forward_portable", _lce_forward, "CompositeExplicitAutograd")
+_library.impl("lce_backward_portable", _lce_backward, "CompositeExplicitAutograd")
 
 
 def register_composite(kernel: Callable[..., Tensor]) -> None:

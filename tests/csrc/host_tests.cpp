@@ -15,7 +15,7 @@ namespace {
 
 py::dict plan_label_logits(cce::DType dtype, int64_t n, int64_t d, int64_t v, uintptr_t e_address,
                            int64_t e_row_stride, uintptr_t c_address, int64_t c_row_stride) {
-  cce::LabelLogitsParams params{};
+  cce::LossInputs params{};
   params.dtype = dtype;
   params.n = n;
   params.d = d;
@@ -29,6 +29,51 @@ py::dict plan_label_logits(cce::DType dtype, int64_t n, int64_t d, int64_t v, ui
   result["vector_loads"] = plan.vector_loads;
   result["reason"] = plan.reason;
   result["blocks"] = plan.blocks;
+  return result;
+}
+
+py::dict plan_lce_forward(int64_t n, int64_t v, int multiprocessors, int shared_bytes) {
+  const cce::LceForwardPlan plan = cce::plan_lce_forward(n, v, {multiprocessors, shared_bytes});
+  py::list units;
+  for (int i = 0; i < plan.schedule.units(); ++i) {
+    const cce::ForwardUnit unit = plan.schedule.unit(i);
+    units.append(py::make_tuple(unit.row_block, unit.first_column_block, unit.end_column_block, unit.split));
+  }
+  py::dict result;
+  result["row_blocks"] = plan.schedule.row_blocks;
+  result["column_blocks"] = plan.schedule.column_blocks;
+  result["splits"] = plan.schedule.splits;
+  result["units"] = units;
+  result["stages"] = plan.stages;
+  result["shared_bytes"] = plan.shared_bytes;
+  result["blocks"] = plan.blocks;
+  result["reason"] = plan.reason;
+  return result;
+}
+
+py::dict plan_exact(int64_t n, int64_t d, int64_t v, bool need_e, bool need_c, int multiprocessors,
+                    int shared_bytes) {
+  const cce::ExactPlan plan = cce::plan_exact(n, d, v, need_e, need_c, {multiprocessors, shared_bytes});
+  py::dict result;
+  result["chunk_columns"] = plan.chunk_columns;
+  result["chunks"] = plan.chunks;
+  result["shared_bytes"] = plan.shared_bytes;
+  return result;
+}
+
+py::dict plan_visits(int64_t n, int64_t d, int64_t v, bool need_c, bool need_bias, int row_bytes,
+                     int multiprocessors, int shared_bytes) {
+  const cce::VisitsPlan plan =
+      cce::plan_visits(n, d, v, need_c, need_bias, row_bytes, {multiprocessors, shared_bytes});
+  py::dict result;
+  result["tiles"] = plan.tiles;
+  result["words"] = plan.words;
+  result["slices"] = plan.slices;
+  result["capacity"] = plan.capacity;
+  result["buffer"] = plan.buffer;
+  result["chunks"] = plan.chunks;
+  result["items"] = plan.items;
+  result["shared_bytes"] = plan.shared_bytes;
   return result;
 }
 
@@ -51,4 +96,13 @@ PYBIND11_MODULE(cce_host_tests, m) {
   m.def("plan_label_logits", &plan_label_logits, py::kw_only(), py::arg("dtype"), py::arg("n"), py::arg("d"),
         py::arg("v"), py::arg("e_address"), py::arg("e_row_stride"), py::arg("c_address"),
         py::arg("c_row_stride"));
+  m.def("plan_lce_forward", &plan_lce_forward, py::arg("n"), py::arg("v"), py::arg("multiprocessors"),
+        py::arg("shared_bytes"));
+  m.def("plan_exact", &plan_exact, py::arg("n"), py::arg("d"), py::arg("v"), py::arg("need_e"),
+        py::arg("need_c"), py::arg("multiprocessors"), py::arg("shared_bytes"));
+  m.def("plan_visits", &plan_visits, py::arg("n"), py::arg("d"), py::arg("v"), py::arg("need_c"),
+        py::arg("need_bias"), py::arg("row_bytes"), py::arg("multiprocessors"), py::arg("shared_bytes"));
+  m.def("swizzled_offset", &cce::swizzled_offset, py::arg("row"), py::arg("chunk"));
+  m.def("mask_words", &cce::mask_words, py::arg("n"));
+  m.def("slices_per_item", &cce::slices_per_item, py::arg("visits"), py::arg("slices"));
 }

@@ -1,0 +1,111 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/copy_rows.cuh"
+#include "kernels/logits_sm80_config.h"
+#include "tile/ring.cuh"
+#include "tile/schedule.h"
+#include "tile/warp_product.cuh"
+
+// The product E C^T on cp.async, ldmatrix and mma.sync, block by block and never written: an epilogue takes
+// each block of logits from the registers. For every GPU from sm_80 on.
+namespace cce {
+
+template <typename Element>
+struct LogitsOperands {
+  Rows<Element> e, c;
+  int d;
+  int stages;
+  ForwardSchedule schedule;
+  // Of the schedule and d, counted on the host: the kernel has no register left to keep them.
+  int units;
+  int steps;
+
+  void count() {
+    units = schedule.units();
+    steps = (d + kLogitsDepth - 1) / kLogitsDepth;
+  }
+};
+
+// The stream of stages that a block consumes, across all its units: while an epilogue runs, the first stages
+// of the next block of columns are already on their way.
+template <typename Element>
+class LogitsLoader {
+ public:
+  __device__ __forceinline__ explicit LogitsLoader(const LogitsOperands<Element>& operands)
+      : operands_(operands), unit_index_(blockIdx.x) {
+    begin_unit();
+  }
+
+  // Starts the copies of the next stage, or none after the last.
+  __device__ __forceinline__ void operator()(uint32_t stage) {
+    if (unit_index_ >= operands_.units) return;
+    copy_rows_of_mn<kLogitsRows>(stage, operands_.e, row_, depth_, operands_.d);
+    copy_rows_of_mn<kLogitsColumns>(stage + kLogitsTileE, operands_.c, column_, depth_, operands_.d);
+    depth_ += kLogitsDepth;
+    if (depth_ >= operands_.d) begin_next_block();
+  }
+
+ private:
+  __device__ __forceinline__ void begin_next_block() {
+    depth_ = 0;
+    column_ += kLogitsColumns;
+    if (column_ < end_column_) return;
+    unit_index_ += gridDim.x;
+    begin_unit();
+  }
+
+  __device__ __forceinline__ void begin_unit() {
+    if (unit_index_ >= operands_.units) return;
+    const ForwardUnit unit = operands_.schedule.unit(unit_index_);
+    row_ = unit.row_block * kLogitsRows;
+    column_ = unit.first_column_block * kLogitsColumns;
+    end_column_ = unit.end_column_block * kLogitsColumns;
+  }
+
+  const LogitsOperands<Element>& operands_;
+  int unit_index_;
+  int row_, column_;  // first rows of e and of c
+  int end_column_;
+  int depth_ = 0;
+};
+
+template <typename Element>
+using LogitsProduct = WarpProduct<Element, kLogitsRows / kLogitsWarpsM / 16,
+                                  kLogitsColumns / kLogitsWarpsN / 8, Major::kK, Major::kK>;
+
+// Epilogue: begin(unit), then for each block of columns block(product, column_block), then finish(unit); it
+// may use its exchange memory and block-wide barriers.
+template <typename Element, typename Epilogue>
+__global__ void __launch_bounds__(kLogitsThreads, 1)
+    logits_sm80_kernel(const __grid_constant__ LogitsOperands<Element> operands,
+                       const __grid_constant__ typename Epilogue::Arguments arguments) {
+  // Setup
+  extern __shared__ __align__(128) unsigned char shared[];
+  const int thread = static_cast<int>(threadIdx.x);
+  const int warp = thread / kWarpLanes;
+  const uint32_t ring = shared_address(shared);
+  Epilogue epilogue(arguments, shared + operands.stages * kLogitsStageBytes);
+
+  // Load
+  LogitsLoader<Element> loader(operands);
+  StageStream<kLogitsStageBytes, LogitsLoader<Element>> stream(ring, operands.stages, loader);
+
+  // Compute
+  LogitsProduct<Element> product(thread % kWarpLanes, warp / kLogitsWarpsN * (kLogitsRows / kLogitsWarpsM),
+                                 warp % kLogitsWarpsN * (kLogitsColumns / kLogitsWarpsN));
+  for (int index = blockIdx.x; index < operands.units; index += gridDim.x) {
+    const ForwardUnit unit = operands.schedule.unit(index);
+    epilogue.begin(unit);
+    for (int block = unit.first_column_block; block < unit.end_column_block; ++block) {
+      product.clear();
+      multiply_stages<kLogitsTileE>(product, stream, operands.steps);
+      epilogue.block(product, unit, block, shared + (stream.stage() - ring));
+    }
+    // Finish
+    epilogue.finish(unit);
+  }
+}
+
+}  // namespace cce

@@ -1,0 +1,49 @@
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+#include "kernels/logits_sm80.cuh"
+#include "kernels/visits_config.h"
+#include "tile/gradient_row.cuh"
+#include "tile/softcap.cuh"
+
+namespace cce {
+
+template <typename Element>
+struct VisitsArguments {
+  Rows<Element> e;      // [n, d]
+  Rows<Element> c;      // [v, d]
+  const Element* bias;  // [v] or null
+  int64_t bias_stride;
+  Softcap softcap;
+  int d, stages;
+  const GradientRow* rows;        // [n]
+  const float* nll;               // [n]
+  const __nv_bfloat16* tile_map;  // [tiles, n]
+  const uint32_t* mask;           // [tiles, mask_words(n)]
+  const uint32_t* counts;         // [tiles]
+  const VisitItem* items;
+  VisitControl* control;
+  bool sampled;        // else by threshold
+  float log_rate;      // sampled: log(1/eps - 1)
+  float threshold;     // the least |p - onehot| for which a block is kept
+  Element* dz;         // the ring: [2 buffers, 128], scaled
+  int* tokens;         // the ring: whose dz it is
+  float* sum_e;        // [n, d], scaled, added to; or null
+  Element* grad_c;     // [v, d] contiguous, or null
+  Element* grad_bias;  // [v] or null
+};
+
+// Shared memory: the ring of stages, then this.
+struct VisitsShared {
+  alignas(128) unsigned char dz[kVisitGradientBytes];  // [2 halves of the tile][128 tokens][64], swizzled
+  float4 rows[kVisitRows];                             // weight of p, b, lse2, label's column in the tile
+  int tokens[kVisitRows];                              // -1 past the item's last
+  uint32_t scan[kVisitThreads / kWarpLanes];
+  VisitItem item;
+  bool more;
+};
+
+}  // namespace cce

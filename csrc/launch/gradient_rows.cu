@@ -1,0 +1,43 @@
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include "kernels/gradient_rows.cuh"
+#include "kernels/visits_config.h"
+#include "launch/inputs.cuh"
+#include "launch/launch.h"
+
+namespace cce {
+
+DeviceLimits device_limits(int device) {
+  DeviceLimits limits = {1, 99 * 1024};
+  cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return limits;
+}
+
+const char* launch_gradient_rows(const LceBackwardParams& p, int device, void* stream) {
+  if (p.in.n == 0) return nullptr;
+  const auto on = static_cast<cudaStream_t>(stream);
+  auto* control = static_cast<VisitControl*>(p.control);
+  cudaError_t error = cudaSetDevice(device);
+  if (error == cudaSuccess) error = cudaMemsetAsync(control, 0, sizeof(VisitControl), on);
+  if (error != cudaSuccess) return error_text(error);
+  GradientRowsArguments a;
+  a.g_nll = p.g_nll;
+  a.g_lse = p.g_lse;
+  a.g_nll_stride = p.g_nll_stride;
+  a.g_lse_stride = p.g_lse_stride;
+  a.nll = p.nll;
+  a.lse = p.lse;
+  a.targets = targets_of(p.in);
+  a.ignore_index = p.in.ignore_index;
+  a.rows = static_cast<GradientRow*>(p.rows);
+  a.largest = &control->largest;
+  a.n = static_cast<int>(p.in.n);
+  a.v = p.in.v;
+  const auto blocks = static_cast<unsigned>(ceil_div(p.in.n, kGradientRowsThreads));
+  gradient_rows_kernel<<<blocks, kGradientRowsThreads, 0, on>>>(a);
+  return error_text(cudaGetLastError());
+}
+
+}  // namespace cce

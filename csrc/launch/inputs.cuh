@@ -1,0 +1,49 @@
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "kernels/logits_sm80.cuh"
+#include "launch/dtype.cuh"
+#include "launch/params.h"
+#include "tile/softcap.cuh"
+#include "tile/target.cuh"
+
+// Parameters as the kernels' arguments.
+namespace cce {
+
+template <typename Element>
+Rows<Element> rows_of_e(const LossInputs& in) {
+  return {static_cast<const Element*>(in.e), in.e_row_stride, static_cast<int>(in.n)};
+}
+
+// Rows [first, first + count) of C.
+template <typename Element>
+Rows<Element> rows_of_c(const LossInputs& in, int64_t first, int64_t count) {
+  return {static_cast<const Element*>(in.c) + first * in.c_row_stride, in.c_row_stride,
+          static_cast<int>(count)};
+}
+
+template <typename Element>
+const Element* bias_from(const LossInputs& in, int64_t first) {
+  return in.bias == nullptr ? nullptr : static_cast<const Element*>(in.bias) + first * in.bias_stride;
+}
+
+inline Softcap softcap_of(const LossInputs& in) {
+  return {static_cast<float>(in.softcap), in.softcap == 0 ? 0.0f : static_cast<float>(1.0 / in.softcap)};
+}
+
+inline Targets targets_of(const LossInputs& in) {
+  return {in.targets, in.target_stride, in.targets_are_int64};
+}
+
+// Lets a kernel have more shared memory than every GPU gives without being asked.
+template <typename Kernel>
+cudaError_t allow_shared_memory(Kernel kernel, int bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
+inline const char* error_text(cudaError_t error) {
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace cce

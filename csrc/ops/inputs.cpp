@@ -1,0 +1,110 @@
+#include "ops/inputs.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+#include <cstdint>
+
+#include "ops/checks.h"
+
+namespace cce {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+DType dtype_of(const char* op, const Tensor& e) {
+  switch (e.scalar_type()) {
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    default:
+      fail(op, "e must be float16, bfloat16, float32 or float64, but is ", describe(e));
+  }
+}
+
+void check_inputs(const char* op, const Tensor& e, const Tensor& c, const std::optional<Tensor>& bias,
+                  const Tensor& targets, std::optional<double> softcap) {
+  CCE_CHECK(e.dim() == 2, op, "e must be [N, D], but is ", describe(e));
+  CCE_CHECK(c.dim() == 2 && c.size(1) == e.size(1), op, "c must be [V, D] with D = ", e.size(1),
+            " as in e, but is ", describe(c));
+  CCE_CHECK(c.scalar_type() == e.scalar_type(), op, "c must have e's dtype, ", dtype_name(e.scalar_type()),
+            ", but is ", describe(c));
+  CCE_CHECK(targets.dim() == 1 && targets.size(0) == e.size(0), op,
+            "targets must be [N] with N = ", e.size(0), " as in e, but is ", describe(targets));
+  CCE_CHECK(targets.scalar_type() == ScalarType::Int || targets.scalar_type() == ScalarType::Long, op,
+            "targets must be int32 or int64, but is ", describe(targets));
+  if (bias) {
+    CCE_CHECK(bias->dim() == 1 && bias->size(0) == c.size(0), op, "bias must be [V] with V = ", c.size(0),
+              " as in c, but is ", describe(*bias));
+    CCE_CHECK(bias->scalar_type() == e.scalar_type(), op, "bias must have e's dtype, ",
+              dtype_name(e.scalar_type()), ", but is ", describe(*bias));
+  }
+  const auto check_device = [&](const Tensor& tensor, const char* name) {
+    CCE_CHECK(tensor.is_cuda() && tensor.get_device_index() == e.get_device_index(), op, name,
+              " must be on e's device, ", device_name(e), ", but is ", describe(tensor));
+  };
+  CCE_CHECK(e.is_cuda(), op, "e must be on a CUDA device as another argument is, but is ", describe(e));
+  check_device(c, "c");
+  check_device(targets, "targets");
+  if (bias) check_device(*bias, "bias");
+  CCE_CHECK(!softcap || (*softcap > 0 && std::isfinite(*softcap)), op,
+            "softcap must be positive and finite, but is ", *softcap);
+  CCE_CHECK(e.size(0) <= INT32_MAX - 1024, op, "e may have 2^31 rows at most, but is ", describe(e));
+  CCE_CHECK(c.size(0) <= INT32_MAX - 1024, op, "c may have 2^31 rows at most, but is ", describe(c));
+}
+
+Tensor with_contiguous_rows(const Tensor& tensor) {
+  return tensor.size(1) <= 1 || tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+Tensor with_vector_rows(const Tensor& tensor) {
+  constexpr int64_t kElements = 8;
+  const int64_t rows = tensor.size(0), d = tensor.size(1);
+  const bool whole = d > 0 && d % kElements == 0;
+  const bool aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0 &&
+                       (rows <= 1 || (tensor.stride(0) % kElements == 0 && tensor.stride(0) >= 0));
+  if (whole && aligned && tensor.stride(1) == 1) return tensor;
+  const int64_t width = whole ? d : (d / kElements + 1) * kElements;
+  Tensor copy = whole ? torch::stable::new_empty(tensor, {rows, width})
+                      : torch::stable::new_zeros(tensor, {rows, width});
+  if (d > 0) {
+    Tensor part = torch::stable::narrow(copy, 1, 0, d);
+    torch::stable::copy_(part, tensor);
+  }
+  return copy;
+}
+
+LossInputs loss_inputs(DType dtype, const Tensor& e, const Tensor& c, const std::optional<Tensor>& bias,
+                       const Tensor& targets, int64_t ignore_index, std::optional<double> softcap) {
+  LossInputs in{};
+  in.e = e.const_data_ptr();
+  in.c = c.const_data_ptr();
+  in.targets = targets.const_data_ptr();
+  in.n = e.size(0);
+  in.d = e.size(1);
+  in.v = c.size(0);
+  in.e_row_stride = e.stride(0);
+  in.c_row_stride = c.stride(0);
+  in.target_stride = targets.stride(0);
+  if (bias) {
+    in.bias = bias->const_data_ptr();
+    in.bias_stride = bias->stride(0);
+  }
+  in.ignore_index = ignore_index;
+  in.softcap = softcap.value_or(0.0);
+  in.dtype = dtype;
+  in.targets_are_int64 = targets.scalar_type() == ScalarType::Long;
+  return in;
+}
+
+void check_launch(const char* op, const char* error, const Tensor& e) {
+  CCE_CHECK(error == nullptr, op, "the kernel could not be launched on ", device_name(e), ": ", error,
+            " (this library has kernels for GPU architectures " CCE_CUDA_ARCHS ")");
+}
+
+}  // namespace cce

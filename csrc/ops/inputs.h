@@ -1,0 +1,34 @@
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+#include "launch/params.h"
+
+namespace cce {
+
+// Of fp16, bf16, fp32 or fp64; throws for another.
+DType dtype_of(const char* op, const torch::stable::Tensor& e);
+
+// Shapes, dtypes and devices that belong together, all on one CUDA device; every error names the argument and
+// what it was.
+void check_inputs(const char* op, const torch::stable::Tensor& e, const torch::stable::Tensor& c,
+                  const std::optional<torch::stable::Tensor>& bias, const torch::stable::Tensor& targets,
+                  std::optional<double> softcap);
+
+// The tensor itself where its last dimension is contiguous, whatever its row stride; else a contiguous copy.
+torch::stable::Tensor with_contiguous_rows(const torch::stable::Tensor& tensor);
+
+// The same where each row also begins at a multiple of 16 bytes and has a multiple of 8 elements; else a
+// copy, padded with zeros, which change no product.
+torch::stable::Tensor with_vector_rows(const torch::stable::Tensor& tensor);
+
+LossInputs loss_inputs(DType dtype, const torch::stable::Tensor& e, const torch::stable::Tensor& c,
+                       const std::optional<torch::stable::Tensor>& bias, const torch::stable::Tensor& targets,
+                       int64_t ignore_index, std::optional<double> softcap);
+
+// Throws where a launcher says that CUDA refused.
+void check_launch(const char* op, const char* error, const torch::stable::Tensor& e);
+
+}  // namespace cce

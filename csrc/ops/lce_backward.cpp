@@ -1,0 +1,179 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "launch/launch.h"
+#include "ops/checks.h"
+#include "ops/cuda_scope.h"
+#include "ops/inputs.h"
+#include "ops/portable.h"
+
+namespace cce {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::new_empty;
+using torch::stable::Tensor;
+
+constexpr const char* kOp = "cce::lce_backward: ";
+
+// Which gradients a pass writes.
+struct Sides {
+  bool e, c, bias;
+  bool any() const { return e || c || bias; }
+};
+
+LceBackwardParams only(LceBackwardParams params, const Sides& sides) {
+  if (!sides.e) params.grad_e = nullptr;
+  if (!sides.c) params.grad_c = nullptr;
+  if (!sides.bias) params.grad_bias = nullptr;
+  return params;
+}
+
+void exact(const LceBackwardParams& params, const Tensor& e, const CudaScope& scope) {
+  const LossInputs& in = params.in;
+  const ExactPlan plan = plan_exact(in.n, in.d, in.v, params.grad_e != nullptr, params.grad_c != nullptr,
+                                    device_limits(scope.device()));
+  const Tensor dz = new_empty(e, {in.n, plan.chunk_columns});
+  const ExactScratch scratch = {dz.mutable_data_ptr()};
+  const auto launch = in.dtype == DType::kBFloat16 ? launch_exact_backward<DType::kBFloat16>
+                                                   : launch_exact_backward<DType::kFloat16>;
+  check_launch(kOp, launch(params, scratch, plan, scope.device(), scope.stream()), e);
+}
+
+void visits(const LceBackwardParams& params, const Tensor& tile_map, const int64_t* seed, double eps,
+            const Tensor& e, const CudaScope& scope) {
+  const LossInputs& in = params.in;
+  const VisitsPlan plan = plan_visits(in.n, in.d, in.v, params.grad_c != nullptr, params.grad_bias != nullptr,
+                                      visits_row_bytes(), device_limits(scope.device()));
+  const int64_t rows = plan.slices == 0 ? 0 : 2 * plan.buffer;
+  const auto ints = [&e](int64_t count) { return new_empty(e, {count}, ScalarType::Int); };
+  const Tensor mask = ints(plan.tiles * plan.words);
+  const Tensor counts = ints(plan.tiles);
+  const Tensor order = ints(plan.tiles);
+  const Tensor chunk_begins = ints(2 * (plan.chunks + 1));
+  const Tensor items = ints(plan.items * static_cast<int64_t>(sizeof(VisitItem) / sizeof(int)));
+  const Tensor dz = new_empty(e, {rows, kTileColumns});
+  const Tensor tokens = ints(rows);
+  VisitsScratch scratch{};
+  scratch.tile_map = tile_map.const_data_ptr();
+  scratch.seed = seed;
+  scratch.eps = eps;
+  scratch.mask = mask.mutable_data_ptr();
+  scratch.counts = counts.mutable_data_ptr();
+  scratch.order = order.mutable_data_ptr();
+  scratch.chunk_begins = chunk_begins.mutable_data_ptr();
+  scratch.items = items.mutable_data_ptr();
+  scratch.dz = dz.mutable_data_ptr();
+  scratch.tokens = tokens.mutable_data_ptr();
+  const auto launch = in.dtype == DType::kBFloat16 ? launch_visits_backward<DType::kBFloat16>
+                                                   : launch_visits_backward<DType::kFloat16>;
+  check_launch(kOp, launch(params, scratch, plan, scope.device(), scope.stream()), e);
+}
+
+// A gradient as wide as the input was before its rows were padded.
+Tensor unpadded(const Tensor& gradient, int64_t width) {
+  if (gradient.dim() != 2 || gradient.size(1) == width) return gradient;
+  return torch::stable::contiguous(torch::stable::narrow(const_cast<Tensor&>(gradient), 1, 0, width));
+}
+
+std::tuple<Tensor, Tensor, Tensor> lce_backward(
+    const std::optional<Tensor>& g_nll, const std::optional<Tensor>& g_lse, const Tensor& e_in,
+    const Tensor& c_in, const std::optional<Tensor>& bias, const Tensor& targets, const Tensor& nll_in,
+    const Tensor& lse_in, const Tensor& tile_map_in, const std::optional<Tensor>& seed, int64_t ignore_index,
+    std::optional<double> softcap, const std::string& method, double eps, bool filter_e, bool filter_c,
+    bool need_e, bool need_c, bool need_bias) {
+  const DType dtype = dtype_of(kOp, e_in);
+  check_inputs(kOp, e_in, c_in, bias, targets, softcap);
+  const int64_t n = e_in.size(0), d = e_in.size(1), v = c_in.size(0);
+  const auto check_tokens = [&](const Tensor& tensor, const char* name) {
+    CCE_CHECK(tensor.dim() == 1 && tensor.size(0) == n && tensor.scalar_type() == ScalarType::Float, kOp,
+              name, " must be float32 [N] with N = ", n, ", but is ", describe(tensor));
+  };
+  if (g_nll) check_tokens(*g_nll, "g_nll");
+  if (g_lse) check_tokens(*g_lse, "g_lse");
+  check_tokens(nll_in, "nll");
+  check_tokens(lse_in, "lse");
+  const bool sampled = method == "sampled", threshold = method == "threshold";
+  CCE_CHECK(sampled || threshold || method == "exact", kOp,
+            "method must be sampled, exact or threshold, but is ", method);
+  CCE_CHECK(!sampled || (eps > 0 && eps <= 0.5), kOp,
+            "eps of the sampled method must be in (0, 0.5], but is ", eps);
+  CCE_CHECK(!threshold || (eps > 0 && eps < 1), kOp, "eps, the threshold, must be in (0, 1), but is ", eps);
+  if (sampled || threshold) {
+    CCE_CHECK(tile_map_in.dim() == 2 && tile_map_in.size(0) == ceil_div(v, kTileColumns) &&
+                  tile_map_in.size(1) == n && tile_map_in.scalar_type() == ScalarType::BFloat16,
+              kOp, "tile_map must be bfloat16 [", ceil_div(v, kTileColumns), ", ", n, "], but is ",
+              describe(tile_map_in), " (lce_forward leaves none with need_map=False)");
+  }
+  CCE_CHECK(
+      !sampled || (seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1 && seed->is_cuda()),
+      kOp, "seed must be one int64 on e's device for the sampled method, but is ",
+      seed ? describe(*seed) : "None");
+
+  const Sides need = {need_e, need_c, need_bias && bias.has_value()};
+  const CudaScope scope(e_in);
+  const Tensor e = with_vector_rows(e_in);
+  const Tensor c = with_vector_rows(c_in);
+  const int64_t width = e.size(1);
+  const auto gradient = [&](bool needed, std::initializer_list<int64_t> shape) {
+    if (!needed) return new_empty(e, {0});
+    return n == 0 ? torch::stable::new_zeros(e, shape) : new_empty(e, shape);
+  };
+  const Tensor grad_e = gradient(need.e, {n, width});
+  const Tensor grad_c = gradient(need.c, {v, width});
+  const Tensor grad_bias = gradient(need.bias, {v});
+
+  if (n > 0 && need.any()) {
+    const Tensor nll = torch::stable::contiguous(nll_in);
+    const Tensor lse = torch::stable::contiguous(lse_in);
+    const Tensor tile_map = torch::stable::contiguous(tile_map_in);
+    const Tensor rows = new_empty(e, {n, 4}, ScalarType::Float);
+    const Tensor control = new_empty(e, {sizeof(VisitControl) / sizeof(int)}, ScalarType::Int);
+    const Tensor sum_e = new_empty(e, {need.e ? n : 0, width}, ScalarType::Float);
+    LceBackwardParams params{};
+    params.in = loss_inputs(dtype, e, c, bias, targets, ignore_index, softcap);
+    if (g_nll) {
+      params.g_nll = static_cast<const float*>(g_nll->const_data_ptr());
+      params.g_nll_stride = g_nll->stride(0);
+    }
+    if (g_lse) {
+      params.g_lse = static_cast<const float*>(g_lse->const_data_ptr());
+      params.g_lse_stride = g_lse->stride(0);
+    }
+    params.nll = static_cast<const float*>(nll.const_data_ptr());
+    params.lse = static_cast<const float*>(lse.const_data_ptr());
+    params.rows = rows.mutable_data_ptr();
+    params.control = control.mutable_data_ptr();
+    params.grad_e = grad_e.mutable_data_ptr();
+    params.grad_c = grad_c.mutable_data_ptr();
+    params.grad_bias = grad_bias.mutable_data_ptr();
+    params.sum_e = static_cast<float*>(sum_e.mutable_data_ptr());
+    check_launch(kOp, launch_gradient_rows(params, scope.device(), scope.stream()), e);
+    // A side that asks for its whole gradient takes it from a pass over every pair.
+    const bool visit_e = (sampled || threshold) && filter_e, visit_c = (sampled || threshold) && filter_c;
+    const Sides whole = {need.e && !visit_e, need.c && !visit_c, need.bias && !visit_c};
+    const Sides part = {need.e && visit_e, need.c && visit_c, need.bias && visit_c};
+    if (whole.any()) exact(only(params, whole), e, scope);
+    if (part.any()) {
+      const auto* drawn = sampled ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr;
+      visits(only(params, part), tile_map, drawn, eps, e, scope);
+    }
+  }
+  return {unpadded(grad_e, d), unpadded(grad_c, d), grad_bias};
+}
+
+void boxed(StableIValue* stack, uint64_t num_args, uint64_t num_outputs) {
+  sixteen_bit_or<TORCH_BOX(&lce_backward), 2>("cce::lce_backward_portable", stack, num_args, num_outputs);
+}
+
+}  // namespace
+}  // namespace cce
+
+STABLE_TORCH_LIBRARY_IMPL(cce, CUDA, m) { m.impl("lce_backward", &cce::boxed); }

@@ -1,0 +1,77 @@
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "launch/launch.h"
+#include "ops/checks.h"
+#include "ops/cuda_scope.h"
+#include "ops/inputs.h"
+#include "ops/portable.h"
+
+namespace cce {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::new_empty;
+using torch::stable::Tensor;
+
+constexpr const char* kOp = "cce::lce_forward: ";
+
+template <DType kDType>
+const char* launch(const LabelLogitsParams& label, const LceForwardParams& params, const LceForwardPlan& plan,
+                   const CudaScope& scope) {
+  const char* error = launch_label_logits<kDType>(label, scope.device(), scope.stream());
+  return error != nullptr ? error : launch_lce_forward<kDType>(params, plan, scope.device(), scope.stream());
+}
+
+// The seed and the method say how the backward will visit; the forward is the same for all.
+std::tuple<Tensor, Tensor, Tensor> lce_forward(const Tensor& e_in, const Tensor& c_in,
+                                               const std::optional<Tensor>& bias, const Tensor& targets,
+                                               const std::optional<Tensor>&, int64_t ignore_index,
+                                               std::optional<double> softcap, const std::string&, double,
+                                               bool, bool, bool need_map) {
+  const DType dtype = dtype_of(kOp, e_in);
+  check_inputs(kOp, e_in, c_in, bias, targets, softcap);
+  const CudaScope scope(e_in);
+  const int64_t n = e_in.size(0), v = c_in.size(0);
+  const int64_t tiles = ceil_div(v, kTileColumns);
+  const Tensor nll = new_empty(e_in, {n}, ScalarType::Float);
+  const Tensor lse = new_empty(e_in, {n}, ScalarType::Float);
+  const Tensor tile_map = need_map ? new_empty(e_in, {tiles, n}, ScalarType::BFloat16)
+                                   : new_empty(e_in, {0, 0}, ScalarType::BFloat16);
+  if (n == 0) return {nll, lse, tile_map};
+
+  const Tensor e = with_vector_rows(e_in);
+  const Tensor c = with_vector_rows(c_in);
+  const LceForwardPlan plan = plan_lce_forward(n, v, device_limits(scope.device()));
+  const Tensor label_logits = new_empty(e, {n}, ScalarType::Float);
+  const Tensor partial_lse = new_empty(e, {plan.schedule.splits, n}, ScalarType::Float);
+  const LossInputs in = loss_inputs(dtype, e, c, bias, targets, ignore_index, softcap);
+  const LabelLogitsParams label = {in, label_logits.mutable_data_ptr()};
+  LceForwardParams params{};
+  params.in = in;
+  params.label_logits = static_cast<const float*>(label_logits.const_data_ptr());
+  params.partial_lse = static_cast<float*>(partial_lse.mutable_data_ptr());
+  params.tile_map = need_map ? tile_map.mutable_data_ptr() : nullptr;
+  params.nll = static_cast<float*>(nll.mutable_data_ptr());
+  params.lse = static_cast<float*>(lse.mutable_data_ptr());
+  check_launch(kOp,
+               dtype == DType::kBFloat16 ? launch<DType::kBFloat16>(label, params, plan, scope)
+                                         : launch<DType::kFloat16>(label, params, plan, scope),
+               e);
+  return {nll, lse, tile_map};
+}
+
+void boxed(StableIValue* stack, uint64_t num_args, uint64_t num_outputs) {
+  sixteen_bit_or<TORCH_BOX(&lce_forward), 0>("cce::lce_forward_portable", stack, num_args, num_outputs);
+}
+
+}  // namespace
+}  // namespace cce
+
+STABLE_TORCH_LIBRARY_IMPL(cce, CUDA, m) { m.impl("lce_forward", &cce::boxed); }

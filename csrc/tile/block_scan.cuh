@@ -1,0 +1,33 @@
+#pragma once
+
+#include "tile/constants.h"
+
+namespace cce {
+
+// The sum of `value` over a block's earlier threads; `total` becomes the sum over all. `shared` holds a value
+// for each warp and may be used again after the call.
+template <int kThreads, typename T>
+__device__ __forceinline__ T block_exclusive_sum(T value, T* shared, T& total) {
+  constexpr int kWarps = kThreads / kWarpLanes;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpLanes;
+  T inclusive = value;
+#pragma unroll
+  for (int distance = 1; distance < kWarpLanes; distance *= 2) {
+    const T before = __shfl_up_sync(0xffffffffu, inclusive, distance);
+    if (lane >= distance) inclusive += before;
+  }
+  __syncthreads();
+  if (lane == kWarpLanes - 1) shared[warp] = inclusive;
+  __syncthreads();
+  T earlier = 0;
+  total = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    if (w == warp) earlier = total;
+    total += shared[w];
+  }
+  return earlier + inclusive - value;
+}
+
+}  // namespace cce

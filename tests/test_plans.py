@@ -1,0 +1,102 @@
+"""How the kernels' work is cut and ordered: C++ that decides on the host, for every GPU there is."""
+
+import pytest
+
+# Multiprocessors and the shared memory of a block: A100, RTX 3090, RTX 4090, H200, B200.
+GPUS = {
+    "sm_80": (108, 163 * 1024),
+    "sm_86": (82, 99 * 1024),
+    "sm_89": (128, 99 * 1024),
+    "sm_90": (132, 227 * 1024),
+    "sm_100": (148, 227 * 1024),
+}
+SHAPES = [
+    (8192, 2304, 256000),
+    (8192, 768, 50304),
+    (1, 8, 1),
+    (128, 4096, 128256),
+    (65536, 4096, 128256),
+    (300, 72, 257),
+]
+
+gpus = pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS.keys())
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+
+@gpus
+@shapes
+def test_forward_units_cover_every_block_once(host, gpu, shape):
+    n, _, v = shape
+    plan = host.plan_lce_forward(n, v, *gpu)
+    seen = {}
+    for row, first, end, split in plan["units"]:
+        assert first < end
+        for column in range(first, end):
+            assert seen.setdefault((row, column), split) == split
+    assert len(seen) == sum(end - first for _, first, end, _ in plan["units"]) == -(-n // 128) * -(-v // 256)
+    assert plan["shared_bytes"] <= gpu[1] and plan["blocks"] == min(gpu[0], len(plan["units"]))
+    assert plan["splits"] == 1 or plan["splits"] * n * 4 <= 2**21, "partial sums stay under 2 MB"
+
+
+@pytest.mark.parametrize(
+    ("n", "v", "least"), [(8192, 256000, 0.97), (8192, 128256, 0.96), (1024, 128256, 0.94), (65536, 128256, 0.96)]
+)
+def test_the_last_wave_of_the_forward_is_full(host, n, v, least):
+    """Share of the time in which a multiprocessor of an H200 has work, if every column block takes as long."""
+    multiprocessors, shared = GPUS["sm_90"]
+    plan = host.plan_lce_forward(n, v, multiprocessors, shared)
+    load = [0] * multiprocessors
+    for k, (_, first, end, _) in enumerate(plan["units"]):
+        load[k % multiprocessors] += end - first
+    assert sum(load) / (max(load) * multiprocessors) >= least
+    assert plan["reason"]
+
+
+def test_neighbouring_units_share_their_columns(host):
+    """What runs side by side reads the same rows of C: at most one run of columns for 16 blocks of rows."""
+    units = host.plan_lce_forward(8192, 256000, *GPUS["sm_90"])["units"]
+    for k in range(0, len(units) - 16, 16):
+        group = units[k : k + 16]
+        assert len({(first, end) for _, first, end, _ in group}) == 1 and len({row for row, *_ in group}) == 16
+
+
+@gpus
+@shapes
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True), (False, False)], ids=str)
+def test_exact_chunks_fit(host, gpu, shape, needs):
+    n, d, v = shape
+    plan = host.plan_exact(n, d, v, *needs, *gpu)
+    columns = plan["chunk_columns"]
+    assert columns % 256 == 0 and plan["chunks"] == -(-v // columns) and plan["shared_bytes"] <= gpu[1]
+    assert columns == 256 or columns * n * 2 <= max(2**26, (n + v) * d * 2 // 10)
+
+
+@gpus
+@shapes
+def test_visits_have_room(host, gpu, shape):
+    n, d, v = shape
+    plan = host.plan_visits(n, d, v, True, False, 36 * 1024, *gpu)
+    tiles = -(-v // 128)
+    # Every pair visited: the most that there can be.
+    assert plan["capacity"] >= n and plan["buffer"] == plan["capacity"] + n
+    assert plan["chunks"] * plan["capacity"] >= tiles * n
+    slices = -(-d // 128)
+    most = sum(-(-slices // host.slices_per_item(visits, slices)) for visits in [n] * tiles)
+    assert plan["items"] >= tiles * -(-n // 128) + most
+    assert plan["words"] * 32 >= n and plan["words"] % 4 == 0
+    assert host.plan_visits(n, d, v, False, False, 0, *gpu)["slices"] == 0
+
+
+def test_slices_of_an_item(host):
+    assert [host.slices_per_item(n, 18) for n in (0, 64, 65, 400, 1000, 8192)] == [18, 18, 18, 6, 3, 1]
+    assert host.slices_per_item(10, 3) == 3
+
+
+def test_a_swizzled_tile_has_no_bank_conflicts(host):
+    offsets = {host.swizzled_offset(row, chunk) for row in range(64) for chunk in range(8)}
+    assert offsets == set(range(0, 64 * 128, 16)), "a permutation"
+    for first in range(0, 64, 8):
+        for chunk in range(8):
+            # ldmatrix reads a chunk of eight neighbouring rows; a copy writes all chunks of one row.
+            assert len({host.swizzled_offset(first + r, chunk) % 128 for r in range(8)}) == 8
+            assert len({host.swizzled_offset(first, c) % 128 for c in range(8)}) == 8
