@@ -86,7 +86,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[Shape]]:
         "--vocab", nargs="+", type=positive, metavar="V", help="in place of the shape's V, one after another"
     )
     what.add_argument("--data", default="lm", help="lm, randn, uniform or saved:FILE (default: %(default)s)")
-    what.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all; mm is always there")
+    what.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all but cce_eps*; mm is always there")
     what.add_argument("--softcap", type=positive_real, help="logits become S * tanh(logits / S); Gemma 2 has 30")
     what.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, on a CPU float32")
     what.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
@@ -112,7 +112,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[Shape]]:
     if args.methods:
         args.methods = [m for m in METHODS if m == "mm" or m in args.methods]
     else:
-        args.methods = list(METHODS)
+        args.methods = [m for m in METHODS if not METHODS[m].on_request]
     if args.out is not None and args.out.suffix != ".json":
         parser.error(f"--out: expected a .json file, got {str(args.out)!r}")
 

@@ -9,6 +9,7 @@ import importlib.metadata
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,13 +31,14 @@ class Method:
     """load(softcap) gives the mean loss of (e, c, targets), or raises ImportError or Unsupported.
 
     product: the plain product and no loss. compiled: the first call at a shape compiles. draws: its gradient is random.
-    note: what a reader of its rows must know.
+    on_request: measured only where --methods names it. note: what a reader of its rows must know.
     """
 
     name: str
     load: Callable[[float | None], Loss] | None
     compiled: bool = False
     draws: bool = False
+    on_request: bool = False
     note: str = ""
 
     @property
@@ -106,9 +108,9 @@ def make_step(method: Method, p: Problem, softcap: float | None) -> Step:
 # ---- ours, and plain torch ----
 
 
-def _ours(impl: str) -> Callable[[float | None], Loss]:
+def _ours(impl: str, filter_eps: float | Literal["auto"] = "auto") -> Callable[[float | None], Loss]:
     def load(softcap: float | None) -> Loss:
-        return lambda e, c, t: cce_ext.linear_cross_entropy(e, c, t, softcap=softcap, impl=impl)
+        return lambda e, c, t: cce_ext.linear_cross_entropy(e, c, t, softcap=softcap, filter_eps=filter_eps, impl=impl)
 
     return load
 
@@ -190,6 +192,8 @@ METHODS = {
     for m in (
         Method("mm", None, note="products only"),
         Method("cce", _ours("cce"), draws=True),
+        # The sampling eps against its cost: 2^-5 to 2^-9.
+        *(Method(f"cce_eps{k}", _ours("cce", 2.0**-k), draws=True, on_request=True) for k in range(5, 10)),
         Method("cce_exact", _ours("cce_exact")),
         Method("cce_threshold", _ours("cce_threshold")),
         Method("torch_compile", _ours("torch_compile"), compiled=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -100,7 +101,7 @@ def interleave(
     tick: Callable[[], object] = lambda: None,
     failed: Callable[[str, Exception], object] | None = None,
 ) -> dict[str, Times]:
-    """Each step's times, the steps taking turns in an order that rotates from round to round.
+    """Each step's times, the steps taking turns in an order that is drawn anew for each round.
 
     few: steps that take FEWEST_REPEATS of the repeats, spread over them. From deadline (time.monotonic) on no call is
     begun. failed(name, error) is told of a step that raises, which is then left out; without it the error goes on.
@@ -108,9 +109,12 @@ def interleave(
     stopwatch = Stopwatch(device)
     times = {name: Times() for name in steps}
     names = list(steps)
+    order = random.Random(0)
     for round_ in range(-warmup, repeats):
-        first = round_ % len(names) if names else 0
-        for name in names[first:] + names[:first]:
+        # Not a rotation, which leaves everybody the same predecessor: a GPU that comes from a product at full power
+        # runs at lower clocks.
+        order.shuffle(names)
+        for name in names:
             if name not in times or (name in few and not _takes_part(round_, repeats)):
                 continue
             if time.monotonic() >= deadline:
