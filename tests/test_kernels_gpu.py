@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -96,6 +99,22 @@ def test_the_forward_is_bitwise_the_same(method):
         assert all(torch.equal(x, y) for x, y in zip(forward(p, method=method), first, strict=True))
     nll, lse, no_map = forward(p, need_map=False)
     assert torch.equal(nll, first[0]) and torch.equal(lse, first[1]) and no_map.numel() == 0
+
+
+@pytest.mark.parametrize("shape", [(100, 72, 1000), (700, 200, 9000), (300, 64, 3000)], ids=str)
+def test_the_kernels_of_older_gpus_agree(shape, tmp_path):
+    """On Hopper two kernels that share no product; elsewhere twice the same one."""
+    code = (
+        "import sys, torch; from test_kernels_gpu import forward, problem; "
+        f"torch.save(forward(problem(*{shape}, bias=True, softcap=9.0)), sys.argv[1])"
+    )
+    env = os.environ | {"CCE_KERNELS": "sm80", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "outputs")], env=env, check=True)
+    nll, lse, tile_map = torch.load(tmp_path / "outputs")
+    outputs = forward(problem(*shape, bias=True, softcap=9.0))
+    torch.testing.assert_close(outputs[0], nll, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(outputs[1], lse, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(outputs[2], tile_map, rtol=2.0**-7, atol=1e-4)  # a step of bf16
 
 
 def test_inference_needs_little_memory():

@@ -19,6 +19,8 @@ SHAPES = [
     (300, 72, 257),
 ]
 
+HOPPER = {"major": 9, "has_sm90": True}
+
 gpus = pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS.keys())
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
@@ -58,6 +60,68 @@ def test_neighbouring_units_share_their_columns(host):
     for k in range(0, len(units) - 16, 16):
         group = units[k : k + 16]
         assert len({(first, end) for _, first, end, _ in group}) == 1 and len({row for row, *_ in group}) == 16
+
+
+@shapes
+@pytest.mark.parametrize("multiprocessors", [132, 114, 7])
+def test_hopper_units_cover_every_block_once(host, multiprocessors, shape):
+    n, _, v = shape
+    shared = GPUS["sm_90"][1]
+    plan = host.plan_lce_forward(n, v, multiprocessors, shared, **HOPPER)
+    cluster = plan["cluster"]
+    assert plan["kernel"] == "sm90" and cluster == (2 if n > 128 else 1) and plan["stages"] == 4
+    assert ("pairs" in plan["kernel_reason"]) == (cluster == 2)
+    # A cluster's blocks take neighbouring blocks of rows and the same columns; the last may have no rows.
+    seen = {}
+    for rows, first, end, split in plan["units"]:
+        assert first < end
+        for rank in range(cluster):
+            for column in range(first, end):
+                assert seen.setdefault((rows * cluster + rank, column), split) == split
+    row_blocks = -(-n // 128)
+    assert len(seen) == sum(end - first for _, first, end, _ in plan["units"]) * cluster
+    assert len(seen) == -(-row_blocks // cluster) * cluster * -(-v // 256)
+    assert {row for row, _ in seen} == set(range(-(-row_blocks // cluster) * cluster))
+    assert plan["blocks"] == cluster * min(multiprocessors // cluster, len(plan["units"]))
+    assert plan["splits"] == 1 or plan["splits"] * n * 4 <= 2**21, "partial sums stay under 2 MB"
+    # Four stages of 128 rows of e and 256 of c, two barriers each, and where the first multiple of 1024 lies.
+    assert plan["shared_bytes"] == 4 * 48 * 1024 + 64 + 1024 <= shared
+
+
+@pytest.mark.parametrize(("n", "v", "least"), [(8192, 256000, 0.97), (8192, 128256, 0.96), (65536, 128256, 0.96)])
+def test_the_last_wave_of_pairs_is_full(host, n, v, least):
+    plan = host.plan_lce_forward(n, v, *GPUS["sm_90"], **HOPPER)
+    load = [0] * 66
+    for k, (_, first, end, _) in enumerate(plan["units"]):
+        load[k % 66] += end - first
+    assert plan["cluster"] == 2 and sum(load) / (max(load) * 66) >= least
+    # As many rows of e stay in L2 as without clusters.
+    for k in range(0, len(plan["units"]) - 8, 8):
+        assert len({(first, end) for _, first, end, _ in plan["units"][k : k + 8]}) == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"major": 8, "minor": 9}, "compute capability"),
+        ({"major": 10}, "compute capability"),
+        ({"has_sm90": False}, "CCE_KERNELS"),
+        ({"shared_bytes": 99 * 1024}, "shared memory"),
+        ({"e_row_stride": 0}, "overlap"),
+        ({"c_row_stride": 56}, "overlap"),
+    ],
+    ids=str,
+)
+def test_where_hopper_kernels_are_not_taken(host, changed, reason):
+    options = {"multiprocessors": 132, "shared_bytes": 227 * 1024} | HOPPER
+    assert host.plan_lce_forward(300, 1000, **options)["kernel"] == "sm90"
+    plan = host.plan_lce_forward(300, 1000, **options | changed)
+    assert plan["kernel"] == "sm80" and plan["cluster"] == 1 and reason in plan["kernel_reason"]
+
+
+def test_the_stride_of_a_single_row_does_not_count(host):
+    plan = host.plan_lce_forward(1, 1, *GPUS["sm_90"], **HOPPER, e_row_stride=0, c_row_stride=1)
+    assert plan["kernel"] == "sm90" and plan["cluster"] == 1
 
 
 @gpus

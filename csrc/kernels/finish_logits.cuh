@@ -14,12 +14,13 @@ __device__ __forceinline__ void finish_logits(Product& product, int first_column
                                               int64_t bias_stride, const Softcap& softcap, int columns) {
   constexpr int kMTiles = Product::kRows, kNTiles = Product::kColumns;
   if (bias != nullptr) {
+    const Element* pair = bias + first_column * bias_stride;
 #pragma unroll
-    for (int j = 0; j < kNTiles; ++j) {
+    for (int j = 0; j < kNTiles; ++j, pair += 8 * bias_stride) {
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
         const int column = first_column + 8 * j + k;
-        const float b = column < columns ? widen<float>(bias[column * bias_stride]) : 0.0f;
+        const float b = column < columns ? widen<float>(pair[k * bias_stride]) : 0.0f;
 #pragma unroll
         for (int i = 0; i < kMTiles; ++i) {
           product.sums[i][j][k] += b;

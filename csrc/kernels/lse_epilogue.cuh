@@ -2,47 +2,21 @@
 
 #include <cuda_bf16.h>
 
-#include <cmath>
 #include <cstdint>
 
 #include "kernels/finish_logits.cuh"
 #include "kernels/logits_sm80.cuh"
-#include "tile/softcap.cuh"
+#include "kernels/lse_arguments.cuh"
+#include "kernels/max_sum.cuh"
 
 namespace cce {
-
-// log sum exp as a maximum and a sum relative to it.
-struct MaxSum {
-  float max;
-  float sum;
-
-  __device__ __forceinline__ void add(const MaxSum& other) {
-    const float higher = fmaxf(max, other.max);
-    sum = sum * ptx::exp2_approx((max - higher) * kLog2E) +
-          other.sum * ptx::exp2_approx((other.max - higher) * kLog2E);
-    max = higher;
-  }
-  __device__ __forceinline__ float lse() const { return max + ptx::log2_approx(sum) * kLn2; }
-  // Finite, also times log2 e, so that columns of -inf (past the vocabulary, or masked by the bias) do not
-  // make -inf - -inf.
-  static constexpr float kLowest = -0x1p126f;
-  __device__ __forceinline__ static MaxSum none() { return {kLowest, 0.0f}; }
-};
 
 // Reduces each block of logits to its vocab tiles' log-sum-exps: a row of the tile map each, and a running
 // one for each unit. Always in the same order.
 template <typename Element>
 class LseEpilogue {
  public:
-  struct Arguments {
-    const Element* bias;  // [V] or null
-    int64_t bias_stride;
-    Softcap softcap;
-    const float* label_logits;  // [N]
-    __nv_bfloat16* tile_map;    // [V / 128, N] or null
-    float* partial_lse;         // [splits, N]
-    int n, v;
-  };
+  using Arguments = LseArguments<Element>;
 
   // state: a running log-sum-exp for each row and vocab tile of a block, since the threads' registers are
   // taken.

@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "kernels/lse_epilogue.cuh"
+#include "kernels/max_sum.cuh"
 #include "tile/target.cuh"
 
 namespace cce {

@@ -5,6 +5,7 @@
 
 #include "kernels/label_logits_config.h"
 #include "kernels/logits_sm80_config.h"
+#include "kernels/logits_sm90_config.h"
 #include "kernels/visits_config.h"
 #include "launch/params.h"
 #include "tile/constants.h"
@@ -63,10 +64,12 @@ inline LabelLogitsPlan plan_label_logits(const LossInputs& p) {
   return plan;
 }
 
-// What a plan needs to know of a GPU.
+// What a plan needs to know of a GPU, and of the build.
 struct DeviceLimits {
   int multiprocessors;
-  int shared_bytes;  // that one block may have
+  int shared_bytes;          // that one block may have
+  int major = 8, minor = 0;  // compute capability
+  bool has_sm90 = false;     // the build has kernels for sm_90a, and nothing holds them back
 };
 
 inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
@@ -80,8 +83,13 @@ inline int ring_stages(const DeviceLimits& limits, int stage_bytes, int other_by
 
 // ---- Forward ----
 
+enum class ForwardKernel { kSm80, kSm90 };
+
 struct LceForwardPlan {
-  ForwardSchedule schedule;
+  ForwardKernel kernel;
+  int cluster;                // blocks with neighbouring rows that share what they read of C
+  const char* kernel_reason;  // for both
+  ForwardSchedule schedule;   // of rows as many as a cluster's
   int stages;
   int shared_bytes;
   int blocks;
@@ -91,12 +99,49 @@ struct LceForwardPlan {
 // Partial log-sum-exps may take 2 MB, or one run of columns a token.
 constexpr int64_t kMaxPartials = int64_t{1} << 19;
 
-inline LceForwardPlan plan_lce_forward(int64_t n, int64_t v, const DeviceLimits& limits) {
+// Whether a tensor map describes rows as they lie: it knows no rows that overlap or lie 2^40 bytes apart. A
+// single row's stride is never used.
+inline bool tensor_map_takes(int64_t rows, int64_t d, int64_t row_stride) {
+  return rows <= 1 || (row_stride >= d && row_stride < (int64_t{1} << 39));
+}
+
+inline void choose_forward_kernel(LceForwardPlan& plan, const LossInputs& in, const DeviceLimits& limits) {
+  plan.kernel = ForwardKernel::kSm80;
+  plan.cluster = 1;
+  if (limits.major != 9 || limits.minor != 0) {
+    plan.kernel_reason = "mma.sync: the GPU is not of compute capability 9.0";
+  } else if (!limits.has_sm90) {
+    plan.kernel_reason = "mma.sync: the build has no kernels for sm_90a, or CCE_KERNELS holds them back";
+  } else if (limits.shared_bytes < LogitsSm90Memory::kBytes) {
+    plan.kernel_reason = "mma.sync: a block may not have the shared memory that wgmma's ring takes";
+  } else if (!tensor_map_takes(in.n, in.d, in.e_row_stride) ||
+             !tensor_map_takes(in.v, in.d, in.c_row_stride)) {
+    plan.kernel_reason = "mma.sync: the copy engine takes no rows that overlap";
+  } else {
+    plan.kernel = ForwardKernel::kSm90;
+    const bool pairs = in.n > LogitsSm90::kRows && limits.multiprocessors > 1;
+    plan.cluster = pairs ? 2 : 1;
+    plan.kernel_reason = pairs ? "wgmma in pairs: two blocks of rows share what they read of C"
+                               : "wgmma: there is one block of rows";
+  }
+}
+
+inline LceForwardPlan plan_lce_forward(const LossInputs& in, const DeviceLimits& limits) {
   LceForwardPlan plan{};
-  plan.stages = ring_stages(limits, kLogitsStageBytes, kLogitsStateBytes);
-  plan.shared_bytes = logits_shared_bytes(plan.stages);
-  plan.schedule.row_blocks = static_cast<int>(ceil_div(n, kLogitsRows));
-  plan.schedule.column_blocks = static_cast<int>(ceil_div(v, kLogitsColumns));
+  choose_forward_kernel(plan, in, limits);
+  if (plan.kernel == ForwardKernel::kSm90) {
+    plan.stages = LogitsSm90::kStages;
+    plan.shared_bytes = LogitsSm90Memory::kBytes;
+  } else {
+    plan.stages = ring_stages(limits, kLogitsStageBytes, kLogitsStateBytes);
+    plan.shared_bytes = logits_shared_bytes(plan.stages);
+  }
+  static_assert(LogitsSm90::kRows == kLogitsRows && LogitsSm90::kColumns == kLogitsColumns, "one schedule");
+  const int64_t n = in.n;
+  const int slots = limits.multiprocessors / plan.cluster;  // clusters that run at a time
+  plan.schedule.row_blocks = static_cast<int>(ceil_div(n, kLogitsRows * plan.cluster));
+  plan.schedule.column_blocks = static_cast<int>(ceil_div(in.v, kLogitsColumns));
+  plan.schedule.group = kScheduleGroup / plan.cluster;
   const int64_t most = std::min<int64_t>(plan.schedule.column_blocks, std::max<int64_t>(1, kMaxPartials / n));
   // The time of a unit beside its columns, in column blocks: its row block's first stages come from further
   // away.
@@ -104,7 +149,7 @@ inline LceForwardPlan plan_lce_forward(int64_t n, int64_t v, const DeviceLimits&
   double least = 0;
   for (int splits = 1; splits <= most; ++splits) {
     const int64_t units = static_cast<int64_t>(plan.schedule.row_blocks) * splits;
-    const double waves = static_cast<double>(ceil_div(units, limits.multiprocessors));
+    const double waves = static_cast<double>(ceil_div(units, slots));
     const double time =
         waves * (static_cast<double>(ceil_div(plan.schedule.column_blocks, splits)) + kUnitCost);
     if (splits == 1 || time < least) {
@@ -115,7 +160,7 @@ inline LceForwardPlan plan_lce_forward(int64_t n, int64_t v, const DeviceLimits&
   plan.reason = plan.schedule.splits == most && most < plan.schedule.column_blocks
                     ? "as many runs of columns as 2 MB of partial sums hold"
                     : "the runs of columns that leave the last wave fullest";
-  plan.blocks = std::min(plan.schedule.units(), limits.multiprocessors);
+  plan.blocks = plan.cluster * std::min(plan.schedule.units(), slots);
   return plan;
 }
 

@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include "kernels/logits_sm80.cuh"
+#include "kernels/lse_arguments.cuh"
 #include "launch/dtype.cuh"
 #include "launch/params.h"
 #include "tile/softcap.cuh"
@@ -34,6 +35,20 @@ inline Softcap softcap_of(const LossInputs& in) {
 
 inline Targets targets_of(const LossInputs& in) {
   return {in.targets, in.target_stride, in.targets_are_int64};
+}
+
+template <typename Element>
+LseArguments<Element> lse_arguments(const LceForwardParams& p) {
+  LseArguments<Element> a;
+  a.bias = bias_from<Element>(p.in, 0);
+  a.bias_stride = p.in.bias_stride;
+  a.softcap = softcap_of(p.in);
+  a.label_logits = p.label_logits;
+  a.tile_map = static_cast<__nv_bfloat16*>(p.tile_map);
+  a.partial_lse = p.partial_lse;
+  a.n = static_cast<int>(p.in.n);
+  a.v = static_cast<int>(p.in.v);
+  return a;
 }
 
 // Lets a kernel have more shared memory than every GPU gives without being asked.

@@ -48,10 +48,10 @@ std::tuple<Tensor, Tensor, Tensor> lce_forward(const Tensor& e_in, const Tensor&
 
   const Tensor e = with_vector_rows(e_in);
   const Tensor c = with_vector_rows(c_in);
-  const LceForwardPlan plan = plan_lce_forward(n, v, device_limits(scope.device()));
+  const LossInputs in = loss_inputs(dtype, e, c, bias, targets, ignore_index, softcap);
+  const LceForwardPlan plan = plan_lce_forward(in, device_limits(scope.device()));
   const Tensor label_logits = new_empty(e, {n}, ScalarType::Float);
   const Tensor partial_lse = new_empty(e, {plan.schedule.splits, n}, ScalarType::Float);
-  const LossInputs in = loss_inputs(dtype, e, c, bias, targets, ignore_index, softcap);
   const LabelLogitsParams label = {in, label_logits.mutable_data_ptr()};
   LceForwardParams params{};
   params.in = in;

@@ -8,7 +8,7 @@
 // How a persistent grid walks over an [N, V] product. Pure C++: tested without a GPU.
 namespace cce {
 
-// Rows blocks that are taken together while the columns pass by: their part of e stays in L2.
+// Row blocks that are taken together while the columns pass by: their part of e stays in L2.
 constexpr int kScheduleGroup = 16;
 
 // A run of column blocks of one row block.
@@ -22,15 +22,16 @@ struct ForwardUnit {
 // the same columns at about the same time.
 struct ForwardSchedule {
   int row_blocks, column_blocks;
-  int splits;  // runs that the column blocks are cut into
+  int splits;                  // runs that the column blocks are cut into
+  int group = kScheduleGroup;  // row blocks that are taken together
 
   CCE_HOST_DEVICE int units() const { return row_blocks * splits; }
 
   CCE_HOST_DEVICE ForwardUnit unit(int index) const {
-    const int group = index / (kScheduleGroup * splits);
-    const int first_row = group * kScheduleGroup;
+    const int round = index / (group * splits);
+    const int first_row = round * group;
     const int left = row_blocks - first_row;
-    const int rows = left < kScheduleGroup ? left : kScheduleGroup;
+    const int rows = left < group ? left : group;
     const int within = index - first_row * splits;
     const int split = within / rows;
     ForwardUnit unit;

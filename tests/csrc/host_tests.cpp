@@ -7,6 +7,7 @@
 #include "launch/heuristics.h"
 #include "launch/params.h"
 #include "tile/constants.h"
+#include "tile/exp2.h"
 #include "tile/sampling.h"
 
 namespace py = pybind11;
@@ -32,14 +33,25 @@ py::dict plan_label_logits(cce::DType dtype, int64_t n, int64_t d, int64_t v, ui
   return result;
 }
 
-py::dict plan_lce_forward(int64_t n, int64_t v, int multiprocessors, int shared_bytes) {
-  const cce::LceForwardPlan plan = cce::plan_lce_forward(n, v, {multiprocessors, shared_bytes});
+py::dict plan_lce_forward(int64_t n, int64_t v, int multiprocessors, int shared_bytes, int major, int minor,
+                          bool has_sm90, int64_t d, int64_t e_row_stride, int64_t c_row_stride) {
+  cce::LossInputs in{};
+  in.n = n;
+  in.d = d;
+  in.v = v;
+  in.e_row_stride = e_row_stride;
+  in.c_row_stride = c_row_stride;
+  const cce::LceForwardPlan plan =
+      cce::plan_lce_forward(in, {multiprocessors, shared_bytes, major, minor, has_sm90});
   py::list units;
   for (int i = 0; i < plan.schedule.units(); ++i) {
     const cce::ForwardUnit unit = plan.schedule.unit(i);
     units.append(py::make_tuple(unit.row_block, unit.first_column_block, unit.end_column_block, unit.split));
   }
   py::dict result;
+  result["kernel"] = plan.kernel == cce::ForwardKernel::kSm90 ? "sm90" : "sm80";
+  result["cluster"] = plan.cluster;
+  result["kernel_reason"] = plan.kernel_reason;
   result["row_blocks"] = plan.schedule.row_blocks;
   result["column_blocks"] = plan.schedule.column_blocks;
   result["splits"] = plan.schedule.splits;
@@ -86,6 +98,7 @@ PYBIND11_MODULE(cce_host_tests, m) {
   m.def("row_key", py::vectorize(cce::row_key), py::arg("seed"), py::arg("token"));
   m.def("visit_hash", py::vectorize(cce::visit_hash), py::arg("row_key"), py::arg("tile"));
   m.def("visit_probability", py::vectorize(cce::visit_probability), py::arg("log_mass"), py::arg("log_rate"));
+  m.def("exp2_polynomial", py::vectorize(cce::exp2_polynomial), py::arg("x"));
   m.def("visited", py::vectorize(cce::visited), py::arg("hash"), py::arg("q"));
 
   py::enum_<cce::DType>(m, "DType")
@@ -97,7 +110,8 @@ PYBIND11_MODULE(cce_host_tests, m) {
         py::arg("v"), py::arg("e_address"), py::arg("e_row_stride"), py::arg("c_address"),
         py::arg("c_row_stride"));
   m.def("plan_lce_forward", &plan_lce_forward, py::arg("n"), py::arg("v"), py::arg("multiprocessors"),
-        py::arg("shared_bytes"));
+        py::arg("shared_bytes"), py::arg("major") = 8, py::arg("minor") = 0, py::arg("has_sm90") = false,
+        py::arg("d") = 64, py::arg("e_row_stride") = 64, py::arg("c_row_stride") = 64);
   m.def("plan_exact", &plan_exact, py::arg("n"), py::arg("d"), py::arg("v"), py::arg("need_e"),
         py::arg("need_c"), py::arg("multiprocessors"), py::arg("shared_bytes"));
   m.def("plan_visits", &plan_visits, py::arg("n"), py::arg("d"), py::arg("v"), py::arg("need_c"),

@@ -1,0 +1,211 @@
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "kernels/logits_sm90_config.h"
+#include "ptx/cluster.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/setmaxnreg.cuh"
+#include "ptx/tma.cuh"
+#include "ptx/wgmma.cuh"
+#include "tile/schedule.h"
+
+// The product E C^T on Hopper's copy engine and wgmma, block by block and never written: an epilogue takes
+// each block of logits from the registers. A producer fills a ring of stages, two consumers empty it; the
+// producer runs ahead across blocks of columns and units, so that the ring is full again when an epilogue
+// ends.
+//
+// In a cluster of two, the blocks take neighbouring blocks of rows and the same columns: each fetches half of
+// C's tile and sends it to both, which halves what L2 has to deliver of C.
+namespace cce {
+
+struct LogitsSm90Operands {
+  CUtensorMap e, c;          // boxes of [128 or 256 / cluster rows][64 elements]
+  ForwardSchedule schedule;  // its rows: kCluster blocks of rows each
+  int units;
+  int steps;  // stages that D takes
+};
+
+// The next stage of the ring. A barrier's phases alternate in parity from round to round.
+struct RingPlace {
+  int slot = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++slot == LogitsSm90::kStages) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// The ring in shared memory: addresses of stages and of their barriers. full: the bytes of a stage are there;
+// empty: all consumers that read what this block sends are done with it.
+struct Ring {
+  uint32_t base;
+
+  __device__ __forceinline__ uint32_t tile_e(int slot) const {
+    return base + LogitsSm90Memory::kStages + slot * LogitsSm90::kStageBytes;
+  }
+  __device__ __forceinline__ uint32_t tile_c(int slot) const { return tile_e(slot) + LogitsSm90::kTileE; }
+  __device__ __forceinline__ uint32_t full(int slot) const {
+    return base + LogitsSm90Memory::kFull + slot * 8;
+  }
+  __device__ __forceinline__ uint32_t empty(int slot) const {
+    return base + LogitsSm90Memory::kEmpty + slot * 8;
+  }
+};
+
+// The producer: one thread, which sends for all stages of all the block's units.
+template <int kCluster, bool kCacheHints>
+__device__ __forceinline__ void produce_logits_stages(const LogitsSm90Operands& operands, const Ring& ring) {
+  constexpr int kColumnsOfBlock = LogitsSm90::kColumnsOfBlock<kCluster>;
+  constexpr auto kAllBlocks = static_cast<uint16_t>((1 << kCluster) - 1);
+  const int rank = kCluster == 1 ? 0 : static_cast<int>(ptx::cluster_rank());
+  const uint64_t policy_e = kCacheHints ? ptx::policy_evict_last() : ptx::policy_evict_normal();
+  const uint64_t policy_c = kCacheHints ? ptx::policy_evict_first() : ptx::policy_evict_normal();
+  ptx::prefetch_tensor_map(&operands.e);
+  ptx::prefetch_tensor_map(&operands.c);
+
+  RingPlace place;
+  for (int index = blockIdx.x / kCluster; index < operands.units; index += gridDim.x / kCluster) {
+    const ForwardUnit unit = operands.schedule.unit(index);
+    const int row = (unit.row_block * kCluster + rank) * LogitsSm90::kRows;
+    for (int block = unit.first_column_block; block < unit.end_column_block; ++block) {
+      const int column = block * LogitsSm90::kColumns + rank * kColumnsOfBlock;
+      for (int step = 0; step < operands.steps; ++step) {
+        const uint32_t full = ring.full(place.slot);
+        const uint32_t tile_e = ring.tile_e(place.slot);
+        const uint32_t tile_c = ring.tile_c(place.slot) + rank * kColumnsOfBlock * kRowBytes;
+        const int depth = step * LogitsSm90::kDepth;
+        // Until the slot is free, in all blocks of the cluster. Of a new barrier the phase before the first
+        // counts as ended: the first round waits for nobody.
+        ptx::mbarrier_wait(ring.empty(place.slot), place.parity ^ 1);
+        // The other block's part may arrive sooner: the phase does not end without this arrival.
+        ptx::mbarrier_arrive_expect(full, LogitsSm90::kStageBytes);
+        ptx::tma_load(tile_e, &operands.e, full, depth, row, policy_e);
+        if constexpr (kCluster == 1) {
+          ptx::tma_load(tile_c, &operands.c, full, depth, column, policy_c);
+        } else {
+          ptx::tma_load_multicast(tile_c, &operands.c, full, depth, column, kAllBlocks, policy_c);
+        }
+        place.advance();
+      }
+    }
+  }
+}
+
+// A consumer's part of a block's product, in the form that finish_logits() takes: sums[0][j]: rows lane / 4
+// (elements 0, 1) and 8 below (2, 3) of the warp's 16, columns 8 j + 2 (lane % 4) and the next.
+template <typename Element, int kCluster>
+struct WarpgroupProduct {
+  static constexpr int kRows = 1, kColumns = LogitsSm90::kColumns / 8;  // in tiles
+
+  float sums[kRows][kColumns][4];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) sums[0][j][r] = 0.0f;
+    }
+  }
+
+  // The sums over the next `steps` stages, whatever they held before. One stage's products are under way
+  // while the next stage's are sent after them; a stage is given back one step later.
+  __device__ __forceinline__ void multiply(const Ring& ring, RingPlace& place, int steps, int consumer) {
+    int previous = 0;
+    ptx::wgmma_hold(sums[0]);
+    for (int step = 0; step < steps; ++step) {
+      ptx::mbarrier_wait(ring.full(place.slot), place.parity);
+      const uint64_t e =
+          ptx::wgmma_operand(ring.tile_e(place.slot) + consumer * LogitsSm90::kConsumerRows * kRowBytes);
+      const uint64_t c = ptx::wgmma_operand(ring.tile_c(place.slot));
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int part = 0; part < LogitsSm90::kDepth / 16; ++part) {
+        ptx::wgmma_m64n256k16<Element>(sums[0], e + part * ptx::kWgmmaNextK, c + part * ptx::kWgmmaNextK,
+                                       step > 0 || part > 0);
+      }
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<1>();
+      if (step > 0) release(ring, previous);
+      previous = place.slot;
+      place.advance();
+    }
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_hold(sums[0]);
+    release(ring, previous);
+  }
+
+ private:
+  // Once a warp, at each block of the cluster: all of them send to this one.
+  __device__ __forceinline__ static void release(const Ring& ring, int slot) {
+    const uint32_t lane = threadIdx.x % kWarpLanes;
+    if constexpr (kCluster == 1) {
+      if (lane == 0) ptx::mbarrier_arrive(ring.empty(slot));
+    } else {
+      if (lane < kCluster) ptx::mbarrier_arrive_in_cluster(ptx::cluster_address(ring.empty(slot), lane));
+    }
+  }
+};
+
+// Epilogue: begin(row block), then for each block of columns block(product, column block), then
+// finish(split). It belongs to a warp of a consumer, and its warps share nothing.
+template <typename Element, typename Epilogue, int kCluster, bool kCacheHints>
+__global__ void __launch_bounds__(LogitsSm90::kThreads, 1)
+    logits_sm90_kernel(const __grid_constant__ LogitsSm90Operands operands,
+                       const __grid_constant__ typename Epilogue::Arguments arguments) {
+  // Setup
+  extern __shared__ unsigned char memory[];
+  constexpr uint32_t kAlignment = LogitsSm90Memory::kAlignment;
+  const auto begin = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
+  const Ring ring = {(begin + kAlignment - 1) / kAlignment * kAlignment};
+  if (threadIdx.x == 0) {
+    for (int slot = 0; slot < LogitsSm90::kStages; ++slot) {
+      ptx::mbarrier_init(ring.full(slot), 1);
+      ptx::mbarrier_init(ring.empty(slot), kCluster * LogitsSm90::kConsumerWarps);
+    }
+    ptx::mbarrier_init_fence();
+  }
+  if constexpr (kCluster == 1) {
+    __syncthreads();
+  } else {
+    ptx::cluster_sync();
+  }
+
+  // The same for all lanes of a warp, and the compiler is to know it.
+  const int warpgroup =
+      __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / LogitsSm90::kWarpgroupThreads, 0);
+  if (warpgroup == LogitsSm90::kConsumers) {
+    // Load
+    ptx::keep_registers<LogitsSm90::kProducerRegisters>();
+    if (threadIdx.x % LogitsSm90::kWarpgroupThreads == 0) {
+      produce_logits_stages<kCluster, kCacheHints>(operands, ring);
+    }
+  } else {
+    // Compute
+    ptx::take_registers<LogitsSm90::kConsumerRegisters>();
+    const int rank = kCluster == 1 ? 0 : static_cast<int>(ptx::cluster_rank());
+    Epilogue epilogue(arguments);
+    WarpgroupProduct<Element, kCluster> product;
+    product.clear();
+    RingPlace place;
+    for (int index = blockIdx.x / kCluster; index < operands.units; index += gridDim.x / kCluster) {
+      const ForwardUnit unit = operands.schedule.unit(index);
+      epilogue.begin(unit.row_block * kCluster + rank);
+      for (int block = unit.first_column_block; block < unit.end_column_block; ++block) {
+        product.multiply(ring, place, operands.steps, warpgroup);
+        epilogue.block(product, block);
+      }
+      // Finish
+      epilogue.finish(unit.split);
+    }
+  }
+  // The other block sends to this one's memory and arrives at its barriers until it is done.
+  if constexpr (kCluster > 1) ptx::cluster_sync();
+}
+
+}  // namespace cce
