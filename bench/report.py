@@ -87,7 +87,7 @@ _ROW = {"shape", "n", "d", "v", "data", "method", "kind", "note", "de_err_mean8"
 
 
 def check(result: dict[str, Any]) -> str:
-    """Which benchmark a results file is of: bench, portable, overhead or train. Raises ValueError if it is of none."""
+    """Which benchmark a results file is of: bench, ladder, portable, overhead or train. ValueError if it is of none."""
     if "runs" in result:
         _require(bool(result["runs"]), "runs is empty")
         for name, run in result["runs"].items():
@@ -111,6 +111,12 @@ def check(result: dict[str, Any]) -> str:
         for row in rows:
             _require(set(row) == keys | {"method", "kind"}, f"a portable row has {sorted(row)}")
         return "portable"
+    if "variant" in rows[0]:
+        keys = {"variant", "shape", "n", "d", "v", "mm_ms", "runtime_ms", "x_mm", "x_mm_min", "x_mm_max"}
+        for row in rows:
+            _require(set(row) == keys, f"a ladder row has {sorted(row)}")
+            _require(row["x_mm_min"] <= row["x_mm_max"], f"ladder row {row['shape']} {row['variant']}: the range")
+        return "ladder"
     _check_bench(meta, rows)
     return "bench"
 

@@ -101,20 +101,12 @@ def test_the_forward_is_bitwise_the_same(method):
     assert torch.equal(nll, first[0]) and torch.equal(lse, first[1]) and no_map.numel() == 0
 
 
-@pytest.mark.parametrize("shape", [(100, 72, 1000), (700, 200, 9000), (300, 64, 3000)], ids=str)
-def test_the_kernels_of_older_gpus_agree(shape, tmp_path):
-    """On Hopper two kernels that share no product; elsewhere twice the same one."""
-    code = (
-        "import sys, torch; from test_kernels_gpu import forward, problem; "
-        f"torch.save(forward(problem(*{shape}, bias=True, softcap=9.0)), sys.argv[1])"
-    )
-    env = os.environ | {"CCE_KERNELS": "sm80", "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "outputs")], env=env, check=True)
-    nll, lse, tile_map = torch.load(tmp_path / "outputs")
-    outputs = forward(problem(*shape, bias=True, softcap=9.0))
-    torch.testing.assert_close(outputs[0], nll, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(outputs[1], lse, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(outputs[2], tile_map, rtol=2.0**-7, atol=1e-4)  # a step of bf16
+@pytest.mark.skipif("CCE_KERNELS" in os.environ, reason="this is that run")
+def test_all_of_this_on_the_kernels_of_older_gpus():
+    """On Hopper the forward has a kernel of its own, so that nothing else here would run the other one."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=os.environ | {"CCE_KERNELS": "sm80"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
 def test_inference_needs_little_memory():
