@@ -123,6 +123,10 @@ def _baseline(softcap: float | None) -> Loss:
     return loss
 
 
+def _compiled_baseline(softcap: float | None) -> Loss:
+    return torch.compile(_baseline(softcap))
+
+
 def _without_softcap(softcap: float | None) -> None:
     if softcap is not None:
         raise Unsupported("it has no softcap")
@@ -198,6 +202,7 @@ METHODS = {
         Method("cce_threshold", _ours("cce_threshold")),
         Method("torch_compile", _ours("torch_compile"), compiled=True),
         Method("baseline", _baseline),
+        Method("compiled_baseline", _compiled_baseline, compiled=True),
         Method("torch_chunked", _torch_chunked, note=_IN_FORWARD),
         Method("apple_cce", _apple("cce")),
         Method("apple_cce_exact", _apple("cce_exact")),
