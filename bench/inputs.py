@@ -12,6 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cce_ext.methods import DEFAULT_SAMPLING_EPS
+from cce_ext.sampling import TILE_COLUMNS
+
 TOPICS = 48
 DOCUMENT = 512
 CANDIDATES = 32
@@ -140,7 +143,7 @@ def statistics(p: Problem, block: int = 512) -> dict[str, float]:
 
     above: entries of a row with p > 2^-12; tiles256: share of (token, 256-column tile) pairs holding one;
     blocks: share of 128 x 256 blocks holding one; entropy: nats; mass_below: probability of the entries under 2^-12;
-    visits: expected visits a token of the sampled backward at eps = 2^-7 with 128-column tiles.
+    visits: expected visits a token of the sampled backward at its default eps.
     """
     n, v = len(p.e), len(p.c)
     sums = dict.fromkeys(("above", "tiles256", "blocks", "entropy", "mass_below", "visits"), 0.0)
@@ -152,11 +155,11 @@ def statistics(p: Problem, block: int = 512) -> dict[str, float]:
         pad = torch.nn.functional.pad
         tiles = pad(big, (0, -v % 256)).view(rows, -1, 256).any(2)
         blocks = pad(tiles, (0, 0, 0, -rows % 128)).view(-1, 128, tiles.shape[1]).any(1)
-        mass = pad(prob, (0, -v % 128)).view(rows, -1, 128).sum(2)
+        peak = pad(prob, (0, -v % TILE_COLUMNS)).view(rows, -1, TILE_COLUMNS).amax(2)
         sums["above"] += big.sum().item()
         sums["tiles256"] += tiles.float().mean(1).sum().item()
         sums["blocks"] += blocks.float().mean().item() * rows
         sums["entropy"] += -(prob * logp).sum().item()
         sums["mass_below"] += prob.masked_fill(big, 0).sum().item()
-        sums["visits"] += (mass * 128).clamp(max=1).sum().item()
+        sums["visits"] += (peak / DEFAULT_SAMPLING_EPS).clamp(max=1).sum().item()
     return {k: s / n for k, s in sums.items()}

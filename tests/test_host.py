@@ -34,6 +34,11 @@ def hashes(host, seed, tokens, tiles):
     return host.visit_hash(keys[:, None], np.arange(tiles, dtype=np.uint32)[None, :])
 
 
+def below(h, q):
+    """Where a hash falls under q: what a chain of one pair is."""
+    return h < int(q * U32)
+
+
 def chi_square(values, buckets):
     """Its deviation from the mean of a uniform distribution, in standard deviations, per row of values."""
     counts = np.stack([np.bincount(row, minlength=buckets) for row in values])
@@ -85,7 +90,7 @@ def test_uniform(host, seed):
 @pytest.mark.parametrize("q", [2.0**-7, 0.1, 0.5])
 def test_visit_rate(host, q):
     tokens, tiles = 2048, 2001
-    visits = host.visited(hashes(host, 99, tokens, tiles), np.float32(q))
+    visits = below(hashes(host, 99, tokens, tiles), q)
     for axis, count in ((0, tokens), (1, tiles)):
         z = (visits.mean(axis) - q) / np.sqrt(q * (1 - q) / count)
         assert np.abs(z).max() < 6
@@ -116,15 +121,15 @@ def test_avalanche(host):
 @pytest.mark.parametrize("other", [1, 2, 1 << 32, -1])
 def test_seeds_are_independent(host, other):
     tokens, tiles, q = 1024, 2048, 0.125
-    a = host.visited(hashes(host, 0, tokens, tiles), np.float32(q))
-    b = host.visited(hashes(host, other, tokens, tiles), np.float32(q))
+    a = below(hashes(host, 0, tokens, tiles), q)
+    b = below(hashes(host, other, tokens, tiles), q)
     both = (a & b).mean()
     assert abs(both - q * q) < 5 * np.sqrt(q * q * (1 - q * q) / a.size)
 
 
 def test_neighbours_are_independent(host):
     h = hashes(host, 5, 1024, 2048)
-    a = host.visited(h, np.float32(0.125))
+    a = below(h, 0.125)
     for b in (np.roll(a, 1, 0), np.roll(a, 1, 1), np.roll(a, (1, 1), (0, 1))):
         assert abs((a & b).mean() - 1 / 64) < 5 * np.sqrt(63 / 64 / 64 / a.size)
 
@@ -133,11 +138,11 @@ def test_neighbours_are_independent(host):
 
 
 def test_visit_probability(host):
-    log_mass = np.linspace(-30, 1, 400, dtype=np.float32)
+    log_peak = np.linspace(-30, 1, 400, dtype=np.float32)
     log_rate = np.float32(np.log(128))
-    q = host.visit_probability(log_mass, log_rate)
+    q = host.visit_probability(log_peak, log_rate)
     assert q.dtype == np.float32
-    expected = np.clip(np.exp(log_mass.astype(np.float64) + np.float64(log_rate)), 2.0**-24, 1)
+    expected = np.clip(np.exp(log_peak.astype(np.float64) + np.float64(log_rate)), 2.0**-24, 1)
     np.testing.assert_allclose(q, expected, rtol=4e-6)  # the float32 sum's rounding, seen through exp
     assert (np.diff(q) >= 0).all()
 
@@ -152,16 +157,13 @@ def test_visit_probability_of_no_number(host):
     assert host.visit_probability(np.float32(-87), np.float32(0)) == floor
 
 
-def test_visited(host):
-    top = np.uint32(U32 - 1)
-    assert host.visited(top, np.float32(1))
-    assert not host.visited(top, np.nextafter(np.float32(1), np.float32(0)))
-    half = np.float32(0.5)
-    assert host.visited(np.uint32(U32 // 2 - 1), half)
-    assert not host.visited(np.uint32(U32 // 2), half)
-    floor = np.float32(2.0**-24)
-    assert host.visited(np.uint32(255), floor)
-    assert not host.visited(np.uint32(256), floor)
+def test_visit_step(host):
+    one = np.float32(1)
+    assert host.visit_step(np.float32(0.5)) == U32 // 2
+    assert host.visit_step(np.float32(2.0**-24)) == 256
+    assert host.visit_step(np.nextafter(one, np.float32(0))) == U32 - 256
+    assert host.visit_step(one) == 0  # such a pair is visited whatever its chain says
+    assert host.chain_wraps(np.uint32(4), np.uint32(5)) and not host.chain_wraps(np.uint32(5), np.uint32(5))
 
 
 def test_neighbouring_seeds_deal_no_key_twice(host):
@@ -175,29 +177,49 @@ def test_neighbouring_seeds_deal_no_key_twice(host):
 # ---- the Python twin ----
 
 
-def test_tile_width(host):
+def test_constants(host):
     assert host.kTileColumns == sampling.TILE_COLUMNS
+    assert (host.kChainTokens, host.kChainTiles) == (sampling.CHAIN_TOKENS, sampling.CHAIN_TILES)
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63), 0x123456789ABCDEF])
 def test_python_draws_the_same_hashes(host, seed):
     tokens, tiles = np.arange(300, dtype=np.uint32), np.arange(1000, 1200, dtype=np.uint32)
     keys = sampling.row_keys(torch.tensor([seed]), torch.from_numpy(tokens.astype(np.int64)))
-    twin = sampling.visit_hashes(keys, torch.from_numpy(tiles.astype(np.int64)))
+    twin = sampling.visit_hashes(keys, torch.from_numpy(tiles.astype(np.int64))[:, None])
     expected = host.visit_hash(host.row_key(seed, tokens)[None, :], tiles[:, None])
     np.testing.assert_array_equal(twin.numpy(), expected.astype(np.int64))
 
 
-def test_python_visits_the_same_pairs(host):
+def test_python_has_the_same_probabilities(host):
     rng = np.random.default_rng(0)
-    log_mass = np.concatenate([rng.normal(-6, 5, 5000), [np.nan, -np.inf, np.inf, -80, 0]]).astype(np.float32)
+    log_peak = np.concatenate([rng.normal(-6, 5, 5000), [np.nan, -np.inf, np.inf, -80, 0]]).astype(np.float32)
     rate = sampling.log_visit_rate(2.0**-7)
-    q = sampling.visit_probabilities(torch.from_numpy(log_mass), rate)
-    np.testing.assert_allclose(q, host.visit_probability(log_mass, np.float32(rate)), rtol=1e-5)
-    hashes = rng.integers(0, U32, len(q))
-    hashes[:200] = (q[:200].double() * 2**32).long().clamp(max=U32 - 1)  # at the edge
-    twin = sampling.visited(torch.from_numpy(hashes), q)
-    np.testing.assert_array_equal(twin, host.visited(hashes.astype(np.uint32), q.numpy()))
+    q = sampling.visit_probabilities(torch.from_numpy(log_peak), rate)
+    np.testing.assert_allclose(q, host.visit_probability(log_peak, np.float32(rate)), rtol=1e-5)
+
+
+def test_python_draws_the_same_visits(host):
+    """Against the chains pair by pair: tails of tokens and of tiles, certain pairs, tokens that are not live."""
+    seed, tiles, n, first = -77, 75, 300, 2 * sampling.CHAIN_TILES
+    rng = np.random.default_rng(3)
+    q = rng.uniform(0, 0.4, (tiles, n)).astype(np.float32)
+    q[rng.random(q.shape) < 0.1] = 1
+    live = rng.random(n) < 0.9
+    expected = np.zeros(q.shape, bool)
+    chains = {}
+    for t in range(tiles):
+        for i in range(n):
+            tile, block = first + t, i // sampling.CHAIN_TOKENS
+            if host.chain_of_token(block, tile):
+                name, start = (i, tile // sampling.CHAIN_TILES), host.token_chain(host.row_key(seed, i), tile)
+            else:
+                name, start = (tile, "tile", block), host.tile_chain(seed, tile, block)
+            step = int(host.visit_step(q[t, i])) if live[i] else 0
+            total = chains[name] = (chains.get(name, int(start)) + step) % U32
+            expected[t, i] = live[i] and (q[t, i] == 1 or host.chain_wraps(total, step))
+    twin = sampling.draw_visits(torch.tensor([seed]), first, torch.from_numpy(q), torch.from_numpy(live))
+    np.testing.assert_array_equal(twin.numpy(), expected)
 
 
 # ---- configurations ----

@@ -119,12 +119,13 @@ def test_inference_needs_little_memory():
     assert torch.cuda.max_memory_allocated() - before <= 2 * 2**20 + 4 * 8192 * 4
 
 
-def test_the_map_is_the_tiles_mass_rounded_down():
+def test_the_map_is_the_tiles_maximum_rounded_down():
     p = problem(300, 64, 3000, bias=True, softcap=9.0, ignored=0.1)
     nll, _, tile_map = forward(p)
     logits = F.linear(p.e.double(), p.c.double(), p.bias.double())
     logits = 9.0 * torch.tanh(logits / 9.0)
-    tiles = F.pad(logits, (0, -3000 % 128), value=-float("inf")).unflatten(1, (-1, 128)).logsumexp(2).T
+    padded = F.pad(logits, (0, -3000 % 128), value=-float("inf")).unflatten(1, (-1, 128))
+    tiles = padded.amax(2).T
     counts = p.targets != -100
     label = logits.gather(1, p.targets.clamp(min=0)[:, None])[:, 0].where(counts, torch.tensor(0.0, device="cuda"))
     below = tiles - label - tile_map.double()
@@ -399,7 +400,7 @@ def test_a_step_in_a_cuda_graph(impl):
     p = problem(400, 64, 5000).leaves()
 
     def step():
-        loss = linear_cross_entropy(p.e, p.c, p.targets, impl=impl, filter_eps=2.0**-4 if impl == "cce" else "auto")
+        loss = linear_cross_entropy(p.e, p.c, p.targets, impl=impl, filter_eps=2.0**-6 if impl == "cce" else "auto")
         return loss, *torch.autograd.grad(loss, (p.e, p.c))
 
     side = torch.cuda.Stream()

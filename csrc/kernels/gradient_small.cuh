@@ -50,6 +50,12 @@ __global__ void __launch_bounds__(kColumnSumsThreads)
   if (column + 1 < a.columns) a.out[column + 1] = narrow<Element>(sum.y * scale.inverse);
 }
 
+template <typename Element>
+__device__ __forceinline__ void store_rounded(Element* out, const float4& x, float factor) {
+  *reinterpret_cast<uint2*>(out) =
+      make_uint2(pack(x.x * factor, x.y * factor, Element()), pack(x.z * factor, x.w * factor, Element()));
+}
+
 // out = in / scale in Element, for `count` (a multiple of 4) elements.
 template <typename Element>
 __global__ void __launch_bounds__(kRoundThreads)
@@ -58,10 +64,7 @@ __global__ void __launch_bounds__(kRoundThreads)
   const int64_t step = static_cast<int64_t>(gridDim.x) * kRoundThreads * 4;
   for (int64_t i = (static_cast<int64_t>(blockIdx.x) * kRoundThreads + threadIdx.x) * 4; i < count;
        i += step) {
-    const float4 x = *reinterpret_cast<const float4*>(in + i);
-    *reinterpret_cast<uint2*>(out + i) =
-        make_uint2(pack(x.x * scale.inverse, x.y * scale.inverse, Element()),
-                   pack(x.z * scale.inverse, x.w * scale.inverse, Element()));
+    store_rounded(out + i, *reinterpret_cast<const float4*>(in + i), scale.inverse);
   }
 }
 

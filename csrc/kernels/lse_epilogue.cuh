@@ -11,8 +11,8 @@
 
 namespace cce {
 
-// Reduces each block of logits to its vocab tiles' log-sum-exps: a row of the tile map each, and a running
-// one for each unit. Always in the same order.
+// Reduces each block of logits to its vocab tiles' maxima and sums: a row of the tile map each, and a running
+// log-sum-exp for each unit. Always in the same order.
 template <typename Element>
 class LseEpilogue {
  public:
@@ -49,7 +49,7 @@ class LseEpilogue {
     const int64_t index = static_cast<int64_t>(column_block) * (kLogitsColumns / kTileColumns) + own_tile();
     if (maps && index * kTileColumns < a_.v) {
       // Where there is no label logit, the map is relative to 0.
-      a_.tile_map[index * a_.n + row] = __float2bfloat16_rd(tile.lse() - (label == label ? label : 0.0f));
+      a_.tile_map[index * a_.n + row] = __float2bfloat16_rd(tile.max - (label == label ? label : 0.0f));
     }
   }
 

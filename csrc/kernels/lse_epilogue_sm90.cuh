@@ -43,7 +43,7 @@ class LseEpilogueSm90 {
     running_.add(tile);
     const int64_t index = static_cast<int64_t>(column_block) * 2 + own_tile();
     if (maps_ && index * kTileColumns < a_.v) {
-      a_.tile_map[index * a_.n + row_] = __float2bfloat16_rd(tile.lse() - reference_);
+      a_.tile_map[index * a_.n + row_] = __float2bfloat16_rd(tile.max - reference_);
     }
   }
 

@@ -14,9 +14,8 @@ struct VisitMaskArguments {
   const GradientRow* rows;        // [n]
   const float* nll;               // [n]
   const __nv_bfloat16* tile_map;  // [tiles, n]
-  const int64_t* seed;            // one, or null: the threshold method
-  float log_rate;                 // sampled: log(1/eps - 1)
-  float log_eps;                  // threshold
+  const int64_t* seed;            // one
+  float log_rate;                 // log(1/eps - 1)
   int n, tiles;
   uint32_t* mask;    // [tiles, mask_words(n)]
   uint32_t* counts;  // [tiles], 0 before
@@ -27,57 +26,74 @@ __device__ __forceinline__ float probability_of_visit(__nv_bfloat16 map, float n
   return visit_probability(__bfloat162float(map) - nll, log_rate);
 }
 
+__device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t x, int lane) {
+#pragma unroll
+  for (int distance = 1; distance < kWarpLanes; distance *= 2) {
+    const uint32_t before = __shfl_up_sync(0xffffffffu, x, distance);
+    if (lane >= distance) x += before;
+  }
+  return x;
+}
+
+// A warp takes a cell of 128 tokens by 32 tiles: see tile/sampling.h.
 __global__ void __launch_bounds__(kMaskThreads)
     visit_mask_kernel(const __grid_constant__ VisitMaskArguments a) {
-  constexpr int kWords = kFilterRows / kMaskBits;
+  constexpr int kWords = kChainTokens / kMaskBits;
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
-  const int warp = static_cast<int>(threadIdx.x) / kWarpLanes;
-  const int first = static_cast<int>(blockIdx.x) * kMaskTokens + warp * kFilterRows;
+  const int block =
+      static_cast<int>(blockIdx.x) * (kMaskThreads / kWarpLanes) + static_cast<int>(threadIdx.x) / kWarpLanes;
+  const int first = block * kChainTokens;
   if (first >= a.n) return;
+  const int64_t seed = *a.seed;
+  const int begin = static_cast<int>(blockIdx.y) * kChainTiles;
+  const int end = min(begin + kChainTiles, a.tiles);
   // A lane's tokens are 32 apart, so that a ballot is a word.
-  bool inside[kWords], live[kWords];
+  bool live[kWords];
   float nll[kWords];
   int label_tile[kWords];
-  uint32_t key[kWords];
-  const int64_t seed = a.seed == nullptr ? 0 : *a.seed;
+  uint32_t chain[kWords];
 #pragma unroll
   for (int k = 0; k < kWords; ++k) {
     const int token = first + k * kMaskBits + lane;
-    inside[k] = token < a.n;
-    const GradientRow row = inside[k] ? a.rows[token] : GradientRow{0.0f, 0.0f, 0.0f, -1};
+    const bool inside = token < a.n;
+    const GradientRow row = inside ? a.rows[token] : GradientRow{0.0f, 0.0f, 0.0f, -1};
     live[k] = row.live();
-    nll[k] = inside[k] ? a.nll[token] : 0.0f;
+    nll[k] = inside ? a.nll[token] : 0.0f;
     label_tile[k] = row.label < 0 ? -1 : row.label / kTileColumns;
-    key[k] = row_key(seed, static_cast<uint32_t>(token));
+    chain[k] = token_chain(row_key(seed, static_cast<uint32_t>(token)), begin);
   }
+  static_assert(kChainTiles == kWarpLanes, "a lane for each tile's chain");
+  const uint32_t tile_chains = tile_chain(seed, begin + lane, block);
   const int words = mask_words(a.n);
-  const int end = min((static_cast<int>(blockIdx.y) + 1) * kMaskTiles, a.tiles);
-  for (int tile = static_cast<int>(blockIdx.y) * kMaskTiles; tile < end; ++tile) {
+  for (int tile = begin; tile < end; ++tile) {
     const __nv_bfloat16* map = a.tile_map + static_cast<int64_t>(tile) * a.n + first + lane;
-    uint32_t word[kWords];
+    uint32_t step[kWords];
+    bool visit[kWords];
 #pragma unroll
     for (int k = 0; k < kWords; ++k) {
-      bool visit = live[k] && tile == label_tile[k];
-      if (live[k] && !visit) {
-        const __nv_bfloat16 value = map[k * kMaskBits];
-        if (a.seed != nullptr) {
-          visit = visited(visit_hash(key[k], static_cast<uint32_t>(tile)),
-                          probability_of_visit(value, nll[k], a.log_rate));
-        } else {
-          // No entry exceeds its tile's mass, which the rounded map may understate by 2^-7 of itself. What is
-          // not finite is looked at.
-          const float coarse = __bfloat162float(value);
-          visit = !(coarse + fabsf(coarse) * 0x1p-6f - nll[k] < a.log_eps);
-        }
-      }
-      word[k] = __ballot_sync(0xffffffffu, visit);
+      float q = tile == label_tile[k] ? 1.0f : 0.0f;
+      if (live[k] && q == 0.0f) q = probability_of_visit(map[k * kMaskBits], nll[k], a.log_rate);
+      visit[k] = live[k] && q == 1.0f;
+      step[k] = live[k] ? visit_step(q) : 0;
     }
-    if (a.seed == nullptr) {
-      // The filter judges whole blocks of tokens.
-      const bool any = (word[0] | word[1] | word[2] | word[3]) != 0;
+    if (chain_of_token(block, tile)) {
 #pragma unroll
-      for (int k = 0; k < kWords; ++k) word[k] = __ballot_sync(0xffffffffu, any && inside[k]);
+      for (int k = 0; k < kWords; ++k) {
+        chain[k] += step[k];
+        visit[k] |= chain_wraps(chain[k], step[k]);
+      }
+    } else {
+      uint32_t before = __shfl_sync(0xffffffffu, tile_chains, tile - begin);
+#pragma unroll
+      for (int k = 0; k < kWords; ++k) {
+        const uint32_t sum = before + warp_inclusive_sum(step[k], lane);
+        visit[k] |= chain_wraps(sum, step[k]);
+        before = __shfl_sync(0xffffffffu, sum, kWarpLanes - 1);
+      }
     }
+    uint32_t word[kWords];
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) word[k] = __ballot_sync(0xffffffffu, visit[k]);
     static_assert(kWords == 4, "a warp writes four words");
     if (lane == 0) {
       *reinterpret_cast<uint4*>(a.mask + static_cast<int64_t>(tile) * words + first / kMaskBits) =

@@ -26,12 +26,12 @@ struct VisitsArguments {
   const uint32_t* counts;         // [tiles]
   const VisitItem* items;
   VisitControl* control;
-  bool sampled;        // else by threshold
-  float log_rate;      // sampled: log(1/eps - 1)
-  float threshold;     // the least |p - onehot| for which a block is kept
-  Element* dz;         // the ring: [2 buffers, 128], scaled
+  uint32_t* pending;   // items of each stage that are not done
+  float log_rate;      // log(1/eps - 1)
+  Element* dz;         // the ring: [buffers, 128], scaled
   int* tokens;         // the ring: whose dz it is
-  float* sum_e;        // [n, d], scaled, added to; or null
+  float* sum_e;        // [n, d], scaled, added to; it may lie in grad_c
+  Element* grad_e;     // [n, d]
   Element* grad_c;     // [v, d] contiguous, or null
   Element* grad_bias;  // [v] or null
 };

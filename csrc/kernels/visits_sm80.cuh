@@ -8,6 +8,7 @@
 #include "kernels/copy_rows.cuh"
 #include "kernels/finish_logits.cuh"
 #include "kernels/gradient_products_sm80.cuh"
+#include "kernels/gradient_small.cuh"
 #include "kernels/visit_mask.cuh"
 #include "kernels/visits_arguments.cuh"
 #include "kernels/visits_config.h"
@@ -21,7 +22,7 @@
 // The gradient of the visited pairs. An item of dz gathers up to 128 of a tile's visiting tokens, recomputes
 // their logits (K = D), leaves dz in shared memory and in a scratch ring, and adds dz C_tile to their rows of
 // dE. An item of dC multiplies all of a tile's dz with the tokens' rows of E: the tile owns its rows of dC,
-// which are written once. Blocks take the items in the plan's order.
+// which are written once. Items of rounding end dE. Blocks take the items in the plan's order.
 namespace cce {
 
 template <typename Element>
@@ -44,13 +45,15 @@ class Visits {
     const uint32_t items = a_.control->items;
     while (take(items)) {
       const VisitItem item = shared_.item;
-      if (item.part >= 0) {
-        visit_rows(item);
-      } else {
+      if (item.work == VisitWork::kClassifier) {
         classifier_rows(item);
+      } else if (item.work == VisitWork::kRound) {
+        round_rows(static_cast<int>(item.part) * kRoundRows);
+      } else {
+        visit_rows(item);
       }
       __syncthreads();
-      if (thread_ == 0) ptx::add_release(&a_.control->done, 1);
+      if (thread_ == 0) finish(item);
     }
   }
 
@@ -67,11 +70,19 @@ class Visits {
       shared_.more = index < items;
       if (index < items) {
         shared_.item = a_.items[index];
-        while (ptx::load_acquire(&a_.control->done) < shared_.item.ready) __nanosleep(100);
+        for (const int stage : shared_.item.needs) {
+          while (stage != kNoStage && ptx::load_acquire(a_.pending + stage) != 0) __nanosleep(100);
+        }
       }
     }
     __syncthreads();
     return shared_.more;
+  }
+
+  __device__ __forceinline__ void finish(const VisitItem& item) {
+    constexpr uint32_t kOneLess = ~0u;
+    ptx::add_release(a_.pending + item.stage, kOneLess);
+    if (item.work == VisitWork::kVisits) ptx::add_release(a_.pending + kStageOfE, kOneLess);
   }
 
   // ---- dz and dE ----
@@ -88,7 +99,7 @@ class Visits {
       e_rows[p] = a_.e.data + max(token, 0) * a_.e.stride + Lane::column();
     }
     const int depth_steps = (a_.d + kDepth - 1) / kDepth;
-    const int slices = a_.sum_e == nullptr ? 0 : (a_.d + kVisitSlice - 1) / kVisitSlice;
+    const int slices = item.work == VisitWork::kVisitsOfC ? 0 : (a_.d + kVisitSlice - 1) / kVisitSlice;
     const int m_tiles = min(max((count - first_m_ + 15) / 16, 0), 4);
 
     int sent = 0;
@@ -107,19 +118,18 @@ class Visits {
       }
     };
     StageStream<kVisitStageBytes, decltype(send)> stream(ring_, a_.stages, send);
-    if (write_dz_of(stream, depth_steps, item, count, m_tiles)) {
-      for (int slice = 0; slice < slices; ++slice) {
-        stream.next();
-        stream.fill();
-        const uint32_t stage = stream.stage();
-        add_slice(stage, slice * kVisitSlice, m_tiles);
-      }
+    write_dz_of(stream, depth_steps, item, count, m_tiles);
+    for (int slice = 0; slice < slices; ++slice) {
+      stream.next();
+      stream.fill();
+      const uint32_t stage = stream.stage();
+      add_slice(stage, slice * kVisitSlice, m_tiles);
     }
     stream.close();
   }
 
   template <typename Stages>
-  __device__ __forceinline__ bool write_dz_of(Stages& stream, int steps, const VisitItem& item, int count,
+  __device__ __forceinline__ void write_dz_of(Stages& stream, int steps, const VisitItem& item, int count,
                                               int m_tiles) {
     Logits logits(lane_, first_m_, first_n_);
     logits.clear();
@@ -134,7 +144,7 @@ class Visits {
         logits.multiply(f, m_tiles);
       }
     }
-    return write_dz(logits, item, item.tile * kTileColumns, count);
+    write_dz(logits, item, item.tile * kTileColumns, count);
   }
 
   // The item's tokens, with what their dz needs, in shared memory; returns how many there are.
@@ -146,15 +156,15 @@ class Visits {
     uint32_t mine = 0;
     for (int w = first; w < end; ++w) mine += __popc(mask[w]);
     uint32_t total;
-    int rank = static_cast<int>(block_exclusive_sum<kVisitThreads>(mine, shared_.scan, total)) -
-               item.part * kVisitRows;
+    const int first_rank = static_cast<int>(item.part) * kVisitRows;
+    int rank = static_cast<int>(block_exclusive_sum<kVisitThreads>(mine, shared_.scan, total)) - first_rank;
     for (int w = first; w < end && rank < kVisitRows; ++w) {
       for (uint32_t bits = mask[w]; bits != 0; bits &= bits - 1, ++rank) {
         if (rank >= 0 && rank < kVisitRows) shared_.tokens[rank] = w * kMaskBits + __ffs(bits) - 1;
       }
     }
     __syncthreads();
-    const int count = min(static_cast<int>(total) - item.part * kVisitRows, kVisitRows);
+    const int count = min(static_cast<int>(total) - first_rank, kVisitRows);
     if (thread_ < kVisitRows) {
       float4 row = make_float4(0.0f, 0.0f, INFINITY, __int_as_float(-1));
       if (thread_ < count) {
@@ -162,12 +172,12 @@ class Visits {
         const GradientRow g = a_.rows[token];
         const bool own = g.label >= 0 && g.label / kTileColumns == item.tile;
         float weight = g.a;
-        if (a_.sampled && !own) {
+        if (!own) {
           const __nv_bfloat16 map = a_.tile_map[static_cast<int64_t>(item.tile) * a_.e.count + token];
           weight /= probability_of_visit(map, a_.nll[token], a_.log_rate);
         }
         row = make_float4(weight, g.b, g.lse2, __int_as_float(own ? g.label % kTileColumns : -1));
-        if (a_.dz != nullptr) a_.tokens[item.first_row + item.part * kVisitRows + thread_] = token;
+        if (item.work != VisitWork::kVisitsOfE) a_.tokens[item.first_row + first_rank + thread_] = token;
       } else {
         shared_.tokens[thread_] = -1;
       }
@@ -177,11 +187,10 @@ class Visits {
     return count;
   }
 
-  // From the finished logits: dz to shared memory and to the ring. False where the filter drops the block.
-  __device__ __forceinline__ bool write_dz(Logits& logits, const VisitItem& item, int column0, int count) {
+  // From the finished logits: dz to shared memory and to the ring.
+  __device__ __forceinline__ void write_dz(Logits& logits, const VisitItem& item, int column0, int count) {
     finish_logits(logits, column0 + first_n_ + lane_ % 4 * 2, a_.bias, a_.bias_stride, a_.softcap,
                   a_.c.count);
-    const bool keep = a_.sampled || passes_filter(logits);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
@@ -199,7 +208,7 @@ class Visits {
             dz[side] = g.a * g.probability(z);
             if (n == g.label) dz[side] -= g.b;
             if (a_.softcap.present()) dz[side] *= a_.softcap.slope(z);
-            dz[side] = keep ? dz[side] * scale_.factor : 0.0f;
+            dz[side] *= scale_.factor;
           }
           const int n = first_n_ + 8 * j;
           *reinterpret_cast<uint32_t*>(shared_.dz + n / kRowElements * kVisitTileBytes +
@@ -209,7 +218,7 @@ class Visits {
       }
     }
     __syncthreads();
-    if (a_.dz != nullptr) {
+    if (item.work != VisitWork::kVisitsOfE) {
       Element* out = a_.dz + (static_cast<int64_t>(item.first_row) + item.part * kVisitRows) * kTileColumns;
       for (int index = thread_; index < count * (kTileColumns / kChunkElements); index += kVisitThreads) {
         const int m = index / (kTileColumns / kChunkElements);
@@ -218,31 +227,6 @@ class Visits {
         *reinterpret_cast<uint4*>(out + index * kChunkElements) = *reinterpret_cast<const uint4*>(from);
       }
     }
-    return keep;
-  }
-
-  // The paper's filter: whether some |p - onehot| of the block's live tokens is not below the threshold.
-  __device__ __forceinline__ bool passes_filter(const Logits& logits) const {
-    bool passes = false;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float4 row = shared_.rows[first_m_ + 16 * i + 8 * half + lane_ / 4];
-        const GradientRow g = {row.x, row.y, row.z, __float_as_int(row.w)};
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-#pragma unroll
-          for (int side = 0; side < 2; ++side) {
-            const bool label = first_n_ + 8 * j + lane_ % 4 * 2 + side == g.label;
-            const float distance =
-                fabsf(g.probability(logits.sums[i][j][2 * half + side]) - (label ? 1.0f : 0.0f));
-            passes |= g.live() && !(distance < a_.threshold);
-          }
-        }
-      }
-    }
-    return __syncthreads_or(passes);
   }
 
   // dE[tokens, slice] += dz C_tile[:, slice].
@@ -280,7 +264,7 @@ class Visits {
     const int count = static_cast<int>(a_.counts[item.tile]);
     const int slices = (a_.d + kVisitSlice - 1) / kVisitSlice;
     const int each = slices_per_item(count, slices);
-    const int first = ~item.part * each;
+    const int first = static_cast<int>(item.part) * each;
     const int end = min(first + each, slices);
     if (first == 0 && a_.grad_bias != nullptr) sum_bias(item, count);
     if (a_.grad_c == nullptr) return;
@@ -361,6 +345,18 @@ class Visits {
       a_.grad_bias[v] = narrow<Element>(sum * scale_.inverse);
     }
     __syncthreads();
+  }
+
+  // ---- dE from its sums ----
+
+  __device__ __forceinline__ void round_rows(int first) {
+    const int64_t begin = static_cast<int64_t>(first) * a_.d;
+    const int64_t end = static_cast<int64_t>(min(first + kRoundRows, a_.e.count)) * a_.d;
+    for (int64_t i = begin + thread_ * 4; i < end; i += kVisitThreads * 4) {
+      // From L2, where the sums were made.
+      const float4 x = __ldcg(reinterpret_cast<const float4*>(a_.sum_e + i));
+      store_rounded(a_.grad_e + i, x, scale_.inverse);
+    }
   }
 
   // ---- Copies that several products share ----

@@ -222,27 +222,39 @@ struct VisitsPlan {
   int words;         // of a tile's bits
   int slices;        // of D, for items of dC; 0 where neither dC nor dbias is wanted
   int64_t capacity;  // rows of dz in a chunk
-  int64_t buffer;    // rows of one of the ring's two buffers
+  int64_t buffer;    // rows of one of the ring's buffers
   int64_t chunks;    // at most
   int64_t items;     // at most
+  // dE's sums, 4 bytes each, lie in dC from this element on, whose tiles from the first borrowed one are
+  // written last; none are borrowed if that is `tiles`.
+  int64_t sums_begin;
+  int64_t first_borrowed;
   int stages;
   int shared_bytes;
   int blocks;
 };
 
-// A chunk holds 16 visits a token: lm-like data, at about 20 a token, needs two.
-constexpr int64_t kChunkVisitsPerToken = 16;
+// A chunk holds so many visits a token: an item for each multiprocessor at 8192 tokens.
+constexpr int64_t kChunkVisitsPerToken = 2;
+// dE's sums are borrowed from dC where they take one row in so many of it, whose logits are computed twice.
+constexpr int64_t kLeastLenders = 6;
 
-inline VisitsPlan plan_visits(int64_t n, int64_t d, int64_t v, bool need_c, bool need_bias, int row_bytes,
-                              const DeviceLimits& limits) {
+inline VisitsPlan plan_visits(int64_t n, int64_t d, int64_t v, bool need_e, bool need_c, bool need_bias,
+                              int row_bytes, const DeviceLimits& limits) {
   VisitsPlan plan{};
   plan.tiles = ceil_div(v, kTileColumns);
   plan.words = mask_words(static_cast<int>(n));
   plan.slices = need_c || need_bias ? static_cast<int>(ceil_div(d, kVisitSlice)) : 0;
   plan.capacity = kChunkVisitsPerToken * n;
   plan.buffer = plan.capacity + n;
-  plan.chunks = plan.tiles * n / plan.capacity + 1;
-  plan.items = plan.tiles * (ceil_div(n, kVisitRows) + plan.slices);
+  plan.chunks = plan.tiles * n / plan.capacity + 2;
+  plan.first_borrowed = plan.tiles;
+  if (need_e && need_c && 2 * n * kLeastLenders <= v) {
+    plan.sums_begin = (v - 2 * n) * d;
+    plan.first_borrowed = (v - 2 * n) / kTileColumns;
+  }
+  plan.items = (2 * plan.tiles - plan.first_borrowed) * ceil_div(n, kVisitRows) + plan.tiles * plan.slices +
+               (need_e ? ceil_div(n, kRoundRows) : 0);
   plan.stages = ring_stages(limits, kVisitStageBytes, row_bytes);
   plan.shared_bytes = plan.stages * kVisitStageBytes + row_bytes;
   plan.blocks = limits.multiprocessors;

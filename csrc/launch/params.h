@@ -60,15 +60,16 @@ struct ExactScratch {
 
 struct VisitsScratch {
   const void* tile_map;  // [tiles, n] bf16, of the forward
-  const int64_t* seed;   // one, or null: by threshold
+  const int64_t* seed;   // one
   double eps;
   void* mask;          // [tiles, mask words]
   void* counts;        // [tiles]
   void* order;         // [tiles]
   void* chunk_begins;  // [chunks + 1, 2]
+  void* pending;       // [2 + 2 chunks]
   void* items;         // VisitItem each
-  void* dz;            // [2 buffers, 128] of e's dtype
-  void* tokens;        // [2 buffers]
+  void* dz;            // [buffers, 128] of e's dtype
+  void* tokens;        // [buffers]
 };
 
 }  // namespace cce

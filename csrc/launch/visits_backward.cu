@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "kernels/gradient_small.cuh"
 #include "kernels/visit_mask.cuh"
 #include "kernels/visit_plan.cuh"
 #include "kernels/visits_sm80.cuh"
@@ -15,7 +14,7 @@ namespace cce {
 
 int visits_row_bytes() { return static_cast<int>(sizeof(VisitsShared)); }
 
-// Finds the visits, plans the work, does it, and rounds dE.
+// Finds the visits, plans the work and does it.
 template <DType kDType>
 const char* launch_visits_backward(const LceBackwardParams& p, const VisitsScratch& scratch,
                                    const VisitsPlan& plan, int device, void* stream) {
@@ -25,11 +24,15 @@ const char* launch_visits_backward(const LceBackwardParams& p, const VisitsScrat
   const auto on = static_cast<cudaStream_t>(stream);
   auto* control = static_cast<VisitControl*>(p.control);
   const int n = static_cast<int>(p.in.n), d = static_cast<int>(p.in.d), tiles = static_cast<int>(plan.tiles);
+  float* sum_e = p.sum_e;
+  if (plan.first_borrowed < plan.tiles) {
+    sum_e = reinterpret_cast<float*>(static_cast<Element*>(p.grad_c) + plan.sums_begin);
+  }
   cudaError_t error = cudaSetDevice(device);
   if (error == cudaSuccess) error = allow_shared_memory(visits, plan.shared_bytes);
   if (error == cudaSuccess) error = cudaMemsetAsync(scratch.counts, 0, plan.tiles * sizeof(uint32_t), on);
   if (error == cudaSuccess && p.grad_e != nullptr) {
-    error = cudaMemsetAsync(p.sum_e, 0, p.in.n * p.in.d * sizeof(float), on);
+    error = cudaMemsetAsync(sum_e, 0, p.in.n * p.in.d * sizeof(float), on);
   }
   if (error != cudaSuccess) return error_text(error);
 
@@ -39,24 +42,27 @@ const char* launch_visits_backward(const LceBackwardParams& p, const VisitsScrat
   m.tile_map = static_cast<const __nv_bfloat16*>(scratch.tile_map);
   m.seed = scratch.seed;
   m.log_rate = static_cast<float>(std::log(1.0 / scratch.eps - 1.0));
-  m.log_eps = static_cast<float>(std::log(scratch.eps));
   m.n = n;
   m.tiles = tiles;
   m.mask = static_cast<uint32_t*>(scratch.mask);
   m.counts = static_cast<uint32_t*>(scratch.counts);
   const dim3 grid(static_cast<unsigned>(ceil_div(n, kMaskTokens)),
-                  static_cast<unsigned>(ceil_div(tiles, kMaskTiles)));
+                  static_cast<unsigned>(ceil_div(tiles, kChainTiles)));
   visit_mask_kernel<<<grid, kMaskThreads, 0, on>>>(m);
 
   VisitPlanArguments s;
   s.counts = m.counts;
+  s.n = n;
   s.tiles = tiles;
   s.slices = plan.slices;
+  s.need_e = p.grad_e != nullptr;
+  s.first_borrowed = static_cast<int>(plan.first_borrowed);
   s.capacity = static_cast<uint32_t>(plan.capacity);
   s.buffer = static_cast<uint32_t>(plan.buffer);
   s.control = control;
   s.order = static_cast<int*>(scratch.order);
   s.chunk_begins = static_cast<uint32_t*>(scratch.chunk_begins);
+  s.pending = static_cast<uint32_t*>(scratch.pending);
   s.items = static_cast<VisitItem*>(scratch.items);
   visit_plan_kernel<<<1, kPlanThreads, 0, on>>>(s);
 
@@ -75,22 +81,15 @@ const char* launch_visits_backward(const LceBackwardParams& p, const VisitsScrat
   a.counts = m.counts;
   a.items = s.items;
   a.control = control;
-  a.sampled = scratch.seed != nullptr;
+  a.pending = s.pending;
   a.log_rate = m.log_rate;
-  a.threshold = static_cast<float>(scratch.eps);
   a.dz = plan.slices == 0 ? nullptr : static_cast<Element*>(scratch.dz);
   a.tokens = static_cast<int*>(scratch.tokens);
-  a.sum_e = p.grad_e == nullptr ? nullptr : p.sum_e;
+  a.sum_e = sum_e;
+  a.grad_e = static_cast<Element*>(p.grad_e);
   a.grad_c = static_cast<Element*>(p.grad_c);
   a.grad_bias = static_cast<Element*>(p.grad_bias);
   visits<<<plan.blocks, kVisitThreads, plan.shared_bytes, on>>>(a);
-
-  if (p.grad_e != nullptr) {
-    const int64_t count = p.in.n * p.in.d;
-    const int64_t blocks = std::min<int64_t>(ceil_div(count, kRoundThreads * 4), plan.blocks * 16);
-    round_gradient_kernel<Element><<<static_cast<unsigned>(blocks), kRoundThreads, 0, on>>>(
-        p.sum_e, static_cast<Element*>(p.grad_e), count, &control->largest);
-  }
   return error_text(cudaGetLastError());
 }
 

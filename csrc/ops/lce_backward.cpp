@@ -36,28 +36,35 @@ LceBackwardParams only(LceBackwardParams params, const Sides& sides) {
   return params;
 }
 
-void exact(const LceBackwardParams& params, const Tensor& e, const CudaScope& scope) {
+void exact(LceBackwardParams params, const Tensor& e, const CudaScope& scope) {
   const LossInputs& in = params.in;
   const ExactPlan plan = plan_exact(in.n, in.d, in.v, params.grad_e != nullptr, params.grad_c != nullptr,
                                     device_limits(scope.device()));
   const Tensor dz = new_empty(e, {in.n, plan.chunk_columns});
+  const Tensor sum_e = new_empty(e, {params.grad_e == nullptr ? 0 : in.n, in.d}, ScalarType::Float);
+  params.sum_e = static_cast<float*>(sum_e.mutable_data_ptr());
   const ExactScratch scratch = {dz.mutable_data_ptr()};
   const auto launch = in.dtype == DType::kBFloat16 ? launch_exact_backward<DType::kBFloat16>
                                                    : launch_exact_backward<DType::kFloat16>;
   check_launch(kOp, launch(params, scratch, plan, scope.device(), scope.stream()), e);
 }
 
-void visits(const LceBackwardParams& params, const Tensor& tile_map, const int64_t* seed, double eps,
+void visits(LceBackwardParams params, const Tensor& tile_map, const int64_t* seed, double eps,
             const Tensor& e, const CudaScope& scope) {
   const LossInputs& in = params.in;
-  const VisitsPlan plan = plan_visits(in.n, in.d, in.v, params.grad_c != nullptr, params.grad_bias != nullptr,
+  const bool need_e = params.grad_e != nullptr, need_c = params.grad_c != nullptr;
+  const VisitsPlan plan = plan_visits(in.n, in.d, in.v, need_e, need_c, params.grad_bias != nullptr,
                                       visits_row_bytes(), device_limits(scope.device()));
-  const int64_t rows = plan.slices == 0 ? 0 : 2 * plan.buffer;
+  const bool borrows = plan.first_borrowed < plan.tiles;
+  const Tensor sum_e = new_empty(e, {need_e && !borrows ? in.n : 0, in.d}, ScalarType::Float);
+  params.sum_e = static_cast<float*>(sum_e.mutable_data_ptr());
+  const int64_t rows = plan.slices == 0 ? 0 : kVisitBuffers * plan.buffer;
   const auto ints = [&e](int64_t count) { return new_empty(e, {count}, ScalarType::Int); };
   const Tensor mask = ints(plan.tiles * plan.words);
   const Tensor counts = ints(plan.tiles);
   const Tensor order = ints(plan.tiles);
   const Tensor chunk_begins = ints(2 * (plan.chunks + 1));
+  const Tensor pending = ints(2 * (plan.chunks + 1));
   const Tensor items = ints(plan.items * static_cast<int64_t>(sizeof(VisitItem) / sizeof(int)));
   const Tensor dz = new_empty(e, {rows, kTileColumns});
   const Tensor tokens = ints(rows);
@@ -69,6 +76,7 @@ void visits(const LceBackwardParams& params, const Tensor& tile_map, const int64
   scratch.counts = counts.mutable_data_ptr();
   scratch.order = order.mutable_data_ptr();
   scratch.chunk_begins = chunk_begins.mutable_data_ptr();
+  scratch.pending = pending.mutable_data_ptr();
   scratch.items = items.mutable_data_ptr();
   scratch.dz = dz.mutable_data_ptr();
   scratch.tokens = tokens.mutable_data_ptr();
@@ -136,7 +144,6 @@ std::tuple<Tensor, Tensor, Tensor> lce_backward(
     const Tensor tile_map = torch::stable::contiguous(tile_map_in);
     const Tensor rows = new_empty(e, {n, 4}, ScalarType::Float);
     const Tensor control = new_empty(e, {sizeof(VisitControl) / sizeof(int)}, ScalarType::Int);
-    const Tensor sum_e = new_empty(e, {need.e ? n : 0, width}, ScalarType::Float);
     LceBackwardParams params{};
     params.in = loss_inputs(dtype, e, c, bias, targets, ignore_index, softcap);
     if (g_nll) {
@@ -154,7 +161,6 @@ std::tuple<Tensor, Tensor, Tensor> lce_backward(
     params.grad_e = grad_e.mutable_data_ptr();
     params.grad_c = grad_c.mutable_data_ptr();
     params.grad_bias = grad_bias.mutable_data_ptr();
-    params.sum_e = static_cast<float*>(sum_e.mutable_data_ptr());
     check_launch(kOp, launch_gradient_rows(params, scope.device(), scope.stream()), e);
     // A side that asks for its whole gradient takes it from a pass over every pair.
     const bool visit_e = (sampled || threshold) && filter_e, visit_c = (sampled || threshold) && filter_c;

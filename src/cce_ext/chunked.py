@@ -14,14 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .sampling import (
-    TILE_COLUMNS,
-    log_visit_rate,
-    row_keys,
-    visit_hashes,
-    visit_probabilities,
-    visited,
-)
+from .sampling import CHAIN_TILES, TILE_COLUMNS, draw_visits, log_visit_rate, visit_probabilities
 
 # The paper's filter drops blocks of this many tokens by one vocab tile.
 FILTER_ROWS = 128
@@ -109,7 +102,7 @@ def lce_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From the label logits [N]: nll [N], lse [N] and the tile map, [tiles, N] bf16 or [0, 0] where it is not needed.
 
-    The map holds each tile's log-sum-exp relative to the token's label logit, rounded down: a tile's mass is
+    The map holds each tile's largest logit relative to the token's label logit, rounded down: the largest p is
     exp(map - nll), exact enough for any offset of the logits, and never above the true one.
     """
     n, v = len(e), len(c)
@@ -126,47 +119,56 @@ def lce_forward(
     buffer = torch.empty(step, width, dtype=acc, device=e.device)
     for i in range(0, count, step):
         rows = slice(i, min(i + step, count)) if live is None else live[i : i + step]
-        tile_lse = _tile_lse(classifier, _take(e, rows).to(acc), buffer)
+        tile_lse, tile_max = _tile_lse(classifier, _take(e, rows).to(acc), buffer, need_map)
         lse[rows] = tile_lse.logsumexp(1)
-        if need_map:
-            tile_map[:, rows] = _round_down(tile_lse.sub_(reference[rows][:, None])).T
+        if tile_max is not None:
+            tile_map[:, rows] = _round_down(tile_max.sub_(reference[rows][:, None])).T
 
     lse.masked_fill_(ignored, 0.0)
     return lse - label, lse, tile_map
 
 
-def _tile_lse(classifier: Classifier, e: Tensor, buffer: Tensor) -> Tensor:
-    """log sum exp of each vocab tile's logits for rows e [R, D]: [R, tiles]. Blocks of logits live in buffer."""
-    v = len(classifier.c)
-    out = e.new_empty(len(e), num_tiles(v))
+def _tile_lse(classifier: Classifier, e: Tensor, buffer: Tensor, need_max: bool) -> tuple[Tensor, Tensor | None]:
+    """log sum exp and, if needed, maximum of each vocab tile's logits, [R, tiles], for rows e [R, D].
 
-    def blocks() -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits [R, columns], whole tiles with -inf past the vocabulary, and where their results go in out."""
+    Blocks of logits live in buffer.
+    """
+    v = len(classifier.c)
+    sums = e.new_empty(len(e), num_tiles(v))
+    peaks = torch.empty_like(sums) if need_max else None
+
+    def blocks() -> Iterator[tuple[Tensor, slice]]:
+        """Logits [R, columns], whole tiles with -inf past the vocabulary, and the numbers of these tiles."""
         for v0 in range(0, v, buffer.shape[1]):
             cols, bias = classifier.columns(v0, min(v0 + buffer.shape[1], v))
-            tiles = num_tiles(len(cols))
+            tiles, first = num_tiles(len(cols)), v0 // TILE_COLUMNS
             z = buffer[: len(e), : tiles * TILE_COLUMNS]
             if len(cols) < z.shape[1]:
                 z[:, len(cols) :] = -float("inf")
             classifier.logits(e, cols, bias, out=z[:, : len(cols)])
-            yield z, out[:, v0 // TILE_COLUMNS :][:, :tiles]
+            yield z, slice(first, first + tiles)
 
-    def sum_tiles(z: Tensor) -> Tensor:
-        return z.view(len(z), -1, TILE_COLUMNS).sum(2)
+    def tiles_of(z: Tensor) -> Tensor:
+        return z.unflatten(1, (-1, TILE_COLUMNS))
 
     # Most logits are so small that exp needs no offset, which is two passes less over the block. Where some are
     # not, all is done again; only on a CPU is it free to ask.
     if e.device.type == "cpu" and len(e):
-        for z, into in blocks():
-            into.copy_(sum_tiles(z.exp_()))
-        low, high = out.sum(1).aminmax()
+        for z, tiles in blocks():
+            if peaks is not None:
+                torch.amax(tiles_of(z), 2, out=peaks[:, tiles])
+            torch.sum(tiles_of(z.exp_()), 2, out=sums[:, tiles])
+        low, high = sums.sum(1).aminmax()
         if low > _SAFE_SUMS[0] and high < _SAFE_SUMS[1]:
-            return out.log_()
-    for z, into in blocks():
+            return sums.log_(), peaks
+    for z, tiles in blocks():
+        peak = tiles_of(z).amax(2)
+        if peaks is not None:
+            peaks[:, tiles] = peak
         # A column of -inf (a masked vocabulary entry) must not make -inf - -inf.
-        peak = z.amax(1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)
-        into.copy_(sum_tiles(z.sub_(peak).exp_()).log_().add_(peak))
-    return out
+        offset = peak.amax(1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)
+        sums[:, tiles] = tiles_of(z.sub_(offset).exp_()).sum(2).log_().add_(offset)
+    return sums, peaks
 
 
 def lce_backward(
@@ -341,22 +343,20 @@ def _exact(g: Gradients, live: Tensor) -> None:
 
 
 def _sampled(g: Gradients, live: Tensor, tile_map: Tensor, nll: Tensor, seed: Tensor, eps: float) -> None:
-    """Visit tile t for token i with probability q = min(1, mass * (1/eps - 1)) and weigh its p by 1/q.
+    """Visit tile t for token i with probability q = min(1, peak * (1/eps - 1)), peak its largest p; weigh its p by 1/q.
 
     The label's own tile is always visited (q = 1), so that the label's part is exact and adds no variance, and
     p - 1 is formed before any rounding. A token has at most 1/eps visits in expectation.
     """
     n, v, device = len(live), len(g.classifier.c), live.device
-    keys = row_keys(seed, torch.arange(n, device=device))
     label_tile = torch.div(g.targets.long(), TILE_COLUMNS, rounding_mode="floor")
-    group = max(1, _block_logits(g.e) // 8 // max(1, n))
+    group = max(1, _block_logits(g.e) // 8 // max(1, n) // CHAIN_TILES) * CHAIN_TILES
     for t0 in range(0, num_tiles(v), group):
         t1 = min(t0 + group, num_tiles(v))
         tiles = torch.arange(t0, t1, device=device)
         q = visit_probabilities(tile_map[t0:t1] - nll, log_visit_rate(eps))
         q.masked_fill_(label_tile == tiles[:, None], 1.0)
-        chosen = visited(visit_hashes(keys, tiles), q) & live
-        _visit_tiles(g, t0, chosen, q)
+        _visit_tiles(g, t0, draw_visits(seed, t0, q, live), q)
 
 
 def _threshold(g: Gradients, live: Tensor, tile_map: Tensor, nll: Tensor, eps: float) -> None:

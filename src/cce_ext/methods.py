@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-DEFAULT_SAMPLING_EPS = 2.0**-7
+DEFAULT_SAMPLING_EPS = 2.0**-9
 
 DENSE = ("torch_compile", "reference")
 

@@ -73,10 +73,10 @@ py::dict plan_exact(int64_t n, int64_t d, int64_t v, bool need_e, bool need_c, i
   return result;
 }
 
-py::dict plan_visits(int64_t n, int64_t d, int64_t v, bool need_c, bool need_bias, int row_bytes,
+py::dict plan_visits(int64_t n, int64_t d, int64_t v, bool need_e, bool need_c, bool need_bias, int row_bytes,
                      int multiprocessors, int shared_bytes) {
   const cce::VisitsPlan plan =
-      cce::plan_visits(n, d, v, need_c, need_bias, row_bytes, {multiprocessors, shared_bytes});
+      cce::plan_visits(n, d, v, need_e, need_c, need_bias, row_bytes, {multiprocessors, shared_bytes});
   py::dict result;
   result["tiles"] = plan.tiles;
   result["words"] = plan.words;
@@ -85,6 +85,8 @@ py::dict plan_visits(int64_t n, int64_t d, int64_t v, bool need_c, bool need_bia
   result["buffer"] = plan.buffer;
   result["chunks"] = plan.chunks;
   result["items"] = plan.items;
+  result["sums_begin"] = plan.sums_begin;
+  result["first_borrowed"] = plan.first_borrowed;
   result["shared_bytes"] = plan.shared_bytes;
   return result;
 }
@@ -93,13 +95,19 @@ py::dict plan_visits(int64_t n, int64_t d, int64_t v, bool need_c, bool need_bia
 
 PYBIND11_MODULE(cce_host_tests, m) {
   m.attr("kTileColumns") = cce::kTileColumns;
+  m.attr("kChainTokens") = cce::kChainTokens;
+  m.attr("kChainTiles") = cce::kChainTiles;
   m.attr("kLabelLogitsTokensPerBlock") = cce::kLabelLogitsTokensPerBlock;
   m.def("fmix32", py::vectorize(cce::fmix32), py::arg("x"));
   m.def("row_key", py::vectorize(cce::row_key), py::arg("seed"), py::arg("token"));
-  m.def("visit_hash", py::vectorize(cce::visit_hash), py::arg("row_key"), py::arg("tile"));
-  m.def("visit_probability", py::vectorize(cce::visit_probability), py::arg("log_mass"), py::arg("log_rate"));
+  m.def("visit_hash", py::vectorize(cce::visit_hash), py::arg("row_key"), py::arg("index"));
+  m.def("chain_of_token", &cce::chain_of_token, py::arg("token_block"), py::arg("tile"));
+  m.def("token_chain", &cce::token_chain, py::arg("row_key"), py::arg("tile"));
+  m.def("tile_chain", &cce::tile_chain, py::arg("seed"), py::arg("tile"), py::arg("token_block"));
+  m.def("visit_probability", py::vectorize(cce::visit_probability), py::arg("log_peak"), py::arg("log_rate"));
+  m.def("visit_step", py::vectorize(cce::visit_step), py::arg("q"));
+  m.def("chain_wraps", py::vectorize(cce::chain_wraps), py::arg("sum"), py::arg("step"));
   m.def("exp2_polynomial", py::vectorize(cce::exp2_polynomial), py::arg("x"));
-  m.def("visited", py::vectorize(cce::visited), py::arg("hash"), py::arg("q"));
 
   py::enum_<cce::DType>(m, "DType")
       .value("float16", cce::DType::kFloat16)
@@ -114,8 +122,9 @@ PYBIND11_MODULE(cce_host_tests, m) {
         py::arg("d") = 64, py::arg("e_row_stride") = 64, py::arg("c_row_stride") = 64);
   m.def("plan_exact", &plan_exact, py::arg("n"), py::arg("d"), py::arg("v"), py::arg("need_e"),
         py::arg("need_c"), py::arg("multiprocessors"), py::arg("shared_bytes"));
-  m.def("plan_visits", &plan_visits, py::arg("n"), py::arg("d"), py::arg("v"), py::arg("need_c"),
-        py::arg("need_bias"), py::arg("row_bytes"), py::arg("multiprocessors"), py::arg("shared_bytes"));
+  m.def("plan_visits", &plan_visits, py::arg("n"), py::arg("d"), py::arg("v"), py::arg("need_e"),
+        py::arg("need_c"), py::arg("need_bias"), py::arg("row_bytes"), py::arg("multiprocessors"),
+        py::arg("shared_bytes"));
   m.def("swizzled_offset", &cce::swizzled_offset, py::arg("row"), py::arg("chunk"));
   m.def("mask_words", &cce::mask_words, py::arg("n"));
   m.def("slices_per_item", &cce::slices_per_item, py::arg("visits"), py::arg("slices"));
