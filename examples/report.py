@@ -15,6 +15,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "cce_threshold": {"color": "#cc3311", "linewidth": 1.8, "linestyle": (0, (5, 2, 1, 2))},
     "cce": {"color": "#003f7f", "linewidth": 1.2, "linestyle": (0, (4, 2))},
 }
+COLORS = {impl: style["color"] for impl, style in STYLES.items()}
 
 
 def last_train_loss(run: dict[str, Any]) -> float:
@@ -48,17 +49,14 @@ def save_plot(result: dict[str, Any], path: Path) -> None:
     for impl, run in runs.items():
         final = f"{run['held_out_loss'][-1]:.3f}" if run["held_out_loss"] else "interrupted"
         held_out.plot(run["held_out_step"], run["held_out_loss"], **STYLES[impl], label=f"{impl}  {final}")
-        losses = np.array(run["train_loss"])
-        window = max(1, len(losses) // 20)
-        smooth = np.convolve(losses, np.full(window, 1 / window), mode="valid")
-        train.plot(np.arange(window, len(losses) + 1), smooth, **STYLES[impl], label=impl)
+        train.plot(*smoothed(run["train_loss"]), **STYLES[impl], label=impl)
     held_out.axhline(result["unigram_loss"], color="0.4", linewidth=0.8, label="token frequencies alone")
     held_out.legend(title="loss at the end", handlelength=3.5)
     for axis, title in ((held_out, "held-out loss (nats a token)"), (train, "training loss, smoothed")):
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-    draw_bars(axes["speed"], "tokens a second", runs, "tokens_per_second", 1)
-    draw_bars(axes["memory"], "peak memory (MB)", runs, "peak_memory_bytes", 1e-6)
+    draw_bars(axes["speed"], "tokens a second", runs, "tokens_per_second", 1, COLORS)
+    draw_bars(axes["memory"], "peak memory (MB)", runs, "peak_memory_bytes", 1e-6, COLORS)
     settings = result["settings"]
     figure.suptitle(
         f"{settings['layers']} layers, width {settings['width']}, vocabulary {result['vocabulary']:,}, "
@@ -69,10 +67,21 @@ def save_plot(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def draw_bars(axis: Axes, title: str, runs: dict[str, dict[str, Any]], key: str, unit: float) -> None:
+def smoothed(losses: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps, counted from 1, and the mean loss of the twentieth of all steps that ends there."""
+    window = max(1, len(losses) // 20)
+    return np.arange(window, len(losses) + 1), np.convolve(losses, np.full(window, 1 / window), mode="valid")
+
+
+def draw_bars(
+    axis: Axes, title: str, runs: dict[str, dict[str, Any]], key: str, unit: float, colors: dict[str, str]
+) -> None:
     """One horizontal bar an implementation; none where a figure was not measured."""
     known = {impl: run[key] * unit for impl, run in runs.items() if run[key] is not None}
-    bars = axis.barh(list(known), list(known.values()), color=[STYLES[impl]["color"] for impl in known])
+    if not known:
+        axis.set_visible(False)
+        return
+    bars = axis.barh(list(known), list(known.values()), color=[colors[impl] for impl in known])
     axis.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize=8)
     axis.set_title(title, fontsize=10)
     axis.tick_params(axis="y", labelsize=8)

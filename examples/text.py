@@ -6,6 +6,7 @@ import sys
 import sysconfig
 import time
 import tokenize
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,11 +60,19 @@ def standard_library() -> Split:
         for path in sorted(Path(folder, file) for file in files if file.endswith(".py")):
             with tokenize.open(path) as source:  # obeys the file's coding line
                 text = source.read()
-            digest = hashlib.sha256(path.relative_to(root).as_posix().encode()).digest()
-            (train if int.from_bytes(digest[:4], "big") % HELD_OUT_SHARE else held_out).append(text)
+            (held_out if is_held_out(path.relative_to(root)) else train).append(text)
     if not train or not held_out:
         sys.exit(f"error: too few Python sources under {root}: pass --text FILE")
     return train, held_out
+
+
+def path_hash(path: Path) -> int:
+    """A random number that is the same on every machine, of a path within what is searched for text."""
+    return int.from_bytes(hashlib.sha256(path.as_posix().encode()).digest()[:4], "big")
+
+
+def is_held_out(path: Path) -> bool:
+    return path_hash(path) % HELD_OUT_SHARE == 0
 
 
 def text_files(paths: list[Path]) -> Split:
@@ -106,10 +115,10 @@ def train_tokenizer(documents: list[str], vocab: int) -> Tokenizer:
 
 def encode(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
     end = tokenizer.token_to_id(END_OF_DOCUMENT)
-    ids: list[int] = []
+    ids = array("i")  # a list of Python's integers would take ten times the memory
     for document in documents:
         for encoding in tokenizer.encode_batch(pieces(document), add_special_tokens=False):
-            ids += encoding.ids
+            ids.extend(encoding.ids)
         ids.append(end)
     return np.array(ids, dtype=np.int32)
 

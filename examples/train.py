@@ -25,12 +25,8 @@ import argparse
 import json
 import math
 import multiprocessing
-import platform
-import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +38,26 @@ try:
     from text import MIN_VOCAB, Corpus, batches, load_corpus, spread_windows
     from torch import Tensor
     from tqdm import tqdm
+    from training import (
+        INTERRUPTED,
+        at_least,
+        autocast,
+        dense_logits,
+        held_out_loss,
+        learning_rate,
+        make_optimizer,
+        optimizer_step,
+        positive,
+        provenance,
+        write_json,
+    )
 
-    import cce_ext
     from cce_ext import compute_z_loss, linear_cross_entropy
 except ModuleNotFoundError as error:
     sys.exit(f'error: {error.name} is not installed; in the root of the repository: pip install ".[train]"')
 
 IMPLS = ("cce", "cce_exact", "cce_threshold", "torch_compile", "baseline")
 WARMUP_STEPS = 3  # not counted in tokens a second
-INTERRUPTED = 130  # exit status, the shell's for a program that Ctrl-C ended
 
 
 def training_loss(
@@ -77,46 +84,6 @@ def baseline_loss(
     return loss if z_loss is None else loss + z_loss * logits.logsumexp(-1).square().mean()
 
 
-def dense_logits(hidden: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
-    logits = F.linear(hidden, weight).float()
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
-@torch.no_grad()
-def held_out_loss(model: Decoder, windows: Tensor, args: argparse.Namespace) -> float:
-    """Mean loss over windows [n, context], from the float32 logits of a few tokens at a time."""
-    total = 0.0
-    for tokens in windows.to(args.device).split(args.batch):
-        with autocast(args):
-            hidden = model(tokens)[:, :-1].flatten(0, 1)
-        for h, targets in zip(hidden.split(256), tokens[:, 1:].flatten().split(256), strict=True):
-            logits = dense_logits(h.float(), model.classifier.weight, args.softcap)
-            total += F.cross_entropy(logits, targets, reduction="sum").item()
-    return total / windows[:, 1:].numel()
-
-
-def autocast(args: argparse.Namespace) -> AbstractContextManager[Any]:
-    return torch.autocast(args.device, torch.bfloat16) if args.dtype == "bfloat16" else nullcontext()
-
-
-def make_optimizer(model: Decoder, lr: float) -> torch.optim.Optimizer:
-    """AdamW, with weight decay on the matrices and none on the norms."""
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
-
-
-def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Linear warmup over a tenth of the steps, then a cosine to a tenth of --lr. Steps count from 1."""
-    warmup = max(1, args.steps // 10)
-    if step <= warmup:
-        return args.lr * step / warmup
-    progress = (step - warmup) / (args.steps - warmup)
-    return args.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
-
-
 def train(args: argparse.Namespace, impl: str, corpus: Corpus) -> dict[str, Any]:
     """Train one model from scratch; gives its curves and figures, also when Ctrl-C ends it early."""
     # Initial weights and batches have generators of their own, which a loss that draws samples cannot reach.
@@ -136,23 +103,21 @@ def train(args: argparse.Namespace, impl: str, corpus: Corpus) -> dict[str, Any]
         bar = tqdm(range(1, args.steps + 1), desc=f"{impl:13}", unit="step")
         for step in bar:
             step_started = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args)
             tokens = next(stream).to(args.device)
-            with autocast(args):
+            with autocast(args.device, args.dtype):
                 hidden = model(tokens)
                 loss = training_loss(hidden, model.classifier.weight, tokens, impl, args.softcap, args.z_loss)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            optimizer_step(model, optimizer, learning_rate(step, args.steps, args.lr))
             train_losses.append(loss.item())  # waits for a GPU to finish the step: the clock may be read
             step_seconds.append(time.perf_counter() - step_started)
 
             if not math.isfinite(train_losses[-1]):
                 sys.exit(f"error: {impl}: the loss is {train_losses[-1]} at step {step}; try a lower --lr")
             if step % args.eval_every == 0 or step == args.steps:
-                held_out_losses[step] = held_out_loss(model, held_out, args)
+                held_out_losses[step] = held_out_loss(
+                    model, held_out, held_out, args.batch, args.device, args.dtype, args.softcap
+                )
             last = [f"{value:.3f}" for value in held_out_losses.values()][-1:] or ["-"]
             bar.set_postfix({"loss": f"{train_losses[-1]:.3f}", "held-out": last[0]})
     except KeyboardInterrupt:
@@ -198,28 +163,12 @@ def run_one(args: argparse.Namespace, impl: str, corpus: Corpus) -> dict[str, An
         "held_out_tokens": len(corpus.held_out),
         "vocabulary": corpus.vocab,
         "unigram_loss": corpus.unigram_loss(),
-        "device": device_name(args.device),
+        **provenance(args.device),
         "command": "python " + " ".join(sys.argv),
-        "commit": source_commit(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cce_ext": cce_ext.__version__,
-        },
         "runs": {impl: train(args, impl, corpus)},
     }
     write_json(result, args.out / f"{impl}.json")
     return result
-
-
-def source_commit() -> str | None:
-    """Of the repository that this file is in; None outside one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def run_in_process(args: argparse.Namespace, impl: str, corpus: Corpus) -> None:
@@ -258,32 +207,6 @@ def compare(args: argparse.Namespace, corpus: Corpus) -> int:
         print_table(runs)
         print(f"saved {args.out / 'comparison.json'} and {args.out / 'comparison.png'}")
     return status
-
-
-def write_json(result: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
-def device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
-def at_least(smallest: int) -> Callable[[str], int]:
-    """An argparse type: whole numbers from `smallest` up."""
-
-    def whole_number(text: str) -> int:
-        if int(text) < smallest:
-            raise argparse.ArgumentTypeError(f"must be {smallest} or more, not {text}")
-        return int(text)
-
-    return whole_number
-
-
-def positive(text: str) -> float:
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"must be above 0 and finite, not {text}")
-    return float(text)
 
 
 def parse_args() -> argparse.Namespace:

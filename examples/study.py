@@ -1,0 +1,155 @@
+"""Does it train as well? The same pretraining and fine-tuning with every gradient of the loss, on one machine.
+
+    python examples/study.py prepare --text FOLDER.. --out runs/study_data     # real text -> tokens
+    python examples/study.py run --data runs/study_data --out runs/study.json  # trains; goes on where it was ended
+    python examples/study.py plot runs/study.json                              # plot and table
+
+Three phases, each with every --impls and --seeds; a run is one of them:
+- pretrain: from scratch, in large batches;
+- small_batch: from scratch, in small ones, where a gradient that leaves out what is small has no other token to make up
+  for it;
+- finetune: small batches at a low learning rate, from the model that pretrain, cce_exact and seed 0 ended with, on
+  text it has not seen, prompts masked (the first quarter to three quarters of a window have the label -100).
+A seed is that of the initial weights, of the batches' order, of the prompts' lengths and of the sampling; runs of one
+phase and seed differ in the loss's implementation alone.
+
+--impls: baseline (dense torch, fp32 softmax), apple (the package cut_cross_entropy with its default options; on CUDA),
+or an impl of cce_ext, with @EPS for another filter_eps than its default: cce@2^-6.
+
+What is measured, of each run:
+- held-out loss: nats a token from dense float32 logits, whatever the loss that trains; ten times on a part of the
+  held-out text and at the end on a larger one. For finetune it is of the tokens after held-out prompts;
+- tokens a second: of the training steps alone, after the first 5. All runs share the compiled blocks of the model
+  (--compile, the default on CUDA);
+- peak memory: torch.cuda.max_memory_allocated over the training steps, in a process that holds nothing else; none on
+  a CPU.
+
+FILE is written after every run, and what is in it is not run again: Ctrl-C or a time limit lose the run they end, no
+more. A run that fails is reported and left out, and the exit status is 1.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+try:
+    import torch
+    from study_data import load, prepare
+    from study_report import save_plot, table
+    from study_run import PHASES, SETTINGS, Study, make_loss
+    from text import MIN_VOCAB
+    from training import INTERRUPTED, at_least, positive
+except ModuleNotFoundError as error:
+    sys.exit(f'error: {error.name} is not installed; in the root of the repository: pip install ".[train]"')
+
+IMPLS = ("baseline", "cce_exact", "cce", "cce@2^-6", "cce@2^-7", "cce@2^-8", "cce_threshold", "apple")
+
+
+def impl_name(text: str) -> str:
+    try:
+        make_loss(text)
+    except (ValueError, ArithmeticError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
+    return text
+
+
+def assignment(text: str) -> tuple[str, int | float]:
+    name, _, value = text.partition("=")
+    if name not in SETTINGS:
+        raise argparse.ArgumentTypeError(f"no setting {name!r}; there are {', '.join(SETTINGS)}")
+    return name, positive(value) if name.endswith("lr") else at_least(1)(value)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Compare trainings that differ in the loss's gradient alone.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    defaults = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+
+    add = commands.add_parser("prepare", help="make tokens of text", **defaults).add_argument
+    add("--text", type=Path, nargs="+", required=True, metavar="PATH", help="folders of .txt, .md, .rst, .py; files")
+    add("--vocab", type=at_least(MIN_VOCAB), default=131072, help="vocabulary entries")
+    add("--max-megabytes", type=positive, default=100.0, help="of text at most: a random choice of the files")
+    add("--note", default="", help="kept with the results: where the text is from, its licence")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for tokens, tokenizer.json and meta.json")
+
+    add = commands.add_parser("run", help="train", **defaults).add_argument
+    add("--data", type=Path, required=True, metavar="DIR", help="what prepare has written")
+    add("--out", type=Path, required=True, metavar="FILE", help="JSON; what it holds is not run again")
+    add("--phases", choices=PHASES, nargs="+", default=PHASES, help="what to train")
+    add("--impls", type=impl_name, nargs="+", default=IMPLS, metavar="IMPL", help="baseline, apple, cce, cce@2^-6..")
+    add("--seeds", type=at_least(0), nargs="+", default=(0, 1), metavar="SEED", help="runs of each")
+    add("--set", type=assignment, nargs="+", default=[], metavar="NAME=VALUE", help=f"change {', '.join(SETTINGS)}")
+    add("--budget-seconds", type=positive, help="begin no run that would, by the last one like it, end later")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA if there is a GPU")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model's blocks; default: on CUDA")
+    add("--commit", help="the commit to name where there is no git to ask")
+
+    add = commands.add_parser("plot", help="plot and table of a results file").add_argument
+    add("file", type=Path, metavar="FILE", help="JSON that run has written")
+    add("--out", type=Path, metavar="PNG", help="default: FILE with the suffix .png; the table is beside it, as .md")
+
+    args = parser.parse_args(argv)
+    if args.command == "run":
+        if args.device == "cuda" and not torch.cuda.is_available():
+            parser.error(f"--device cuda: torch {torch.__version__} finds no CUDA GPU")
+        if args.device == "auto":
+            args.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if args.dtype == "auto":
+            args.dtype = "bfloat16" if args.device == "cuda" else "float32"
+        if args.compile is None:
+            args.compile = args.device == "cuda"
+    return args
+
+
+def prepare_text(args: argparse.Namespace) -> int:
+    meta = prepare(args.text, args.vocab, int(args.max_megabytes * 1e6), args.note, args.out)
+    print(
+        f"{meta['train_tokens']:,} tokens to train on, {meta['held_out_tokens']:,} held out, "
+        f"vocabulary {meta['vocab']:,}; saved in {args.out}"
+    )
+    if meta["vocab"] < args.vocab:
+        print(f"note: the text is too small to fill a vocabulary of {args.vocab:,}")
+    return 0
+
+
+def run(args: argparse.Namespace, argv: list[str]) -> int:
+    study = Study(
+        data=load(args.data),
+        file=args.out,
+        settings={**SETTINGS, **dict(args.set)},
+        device=args.device,
+        dtype=args.dtype,
+        compiled=args.compile,
+    )
+    study.open(command=shlex.join(["python", "examples/study.py", *argv]), commit=args.commit)
+    return study.run(args.phases, args.impls, args.seeds, args.budget_seconds)
+
+
+def plot(args: argparse.Namespace) -> int:
+    result = Study.read(args.file)
+    if not result["runs"]:
+        sys.exit(f"error: {args.file} holds no run")
+    png = args.out or args.file.with_suffix(".png")
+    save_plot(result, png)
+    text = table(result)
+    png.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+    print(f"saved {png} and {png.with_suffix('.md')}")
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    args = parse_args(argv)
+    if args.command == "prepare":
+        return prepare_text(args)
+    return plot(args) if args.command == "plot" else run(args, argv)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
