@@ -35,11 +35,11 @@ from pathlib import Path
 
 try:
     import torch
+    from arguments import INTERRUPTED, at_least, positive
     from study_data import load, prepare
     from study_report import save_plot, table
     from study_run import PHASES, SETTINGS, Study, make_loss
     from text import MIN_VOCAB
-    from training import INTERRUPTED, at_least, positive
 except ModuleNotFoundError as error:
     sys.exit(f'error: {error.name} is not installed; in the root of the repository: pip install ".[train]"')
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 import torch
-from text import SKIPPED_FOLDERS, encode, is_held_out, path_hash, spread_windows, train_tokenizer
+from text import END_OF_DOCUMENT, SKIPPED_FOLDERS, encode, is_held_out, path_hash, spread_windows, train_tokenizer
 from torch import Tensor
 from training import write_json
 
@@ -86,7 +86,7 @@ def prepare(roots: list[Path], vocab: int, max_bytes: int, note: str, folder: Pa
         "tokenizers": tokenizers.__version__,
     }
     for part, texts in parts.items():
-        tokens = encode(tokenizer, texts)
+        tokens = encode(tokenizer, texts, tokenizer.token_to_id(END_OF_DOCUMENT))
         np.save(folder / f"{part}.npy", tokens)
         meta[f"{part}_tokens"] = len(tokens)
         meta[f"{part}_sha256"] = hashlib.sha256(tokens.tobytes()).hexdigest()

@@ -43,6 +43,7 @@ class Corpus:
     train: np.ndarray
     held_out: np.ndarray
     vocab: int  # entries of the vocabulary: fewer than were asked for where the text is too small
+    tokenizer: Path  # the file that tokenizers.Tokenizer.from_file reads
 
     def unigram_loss(self) -> float:
         """Held-out loss (nats a token) of a model that knows how frequent each token is and no context."""
@@ -75,21 +76,31 @@ def is_held_out(path: Path) -> bool:
     return path_hash(path) % HELD_OUT_SHARE == 0
 
 
+def read_file(path: Path) -> str:
+    """A UTF-8 file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        sys.exit(f"error: cannot read {path}: {error.strerror}")
+    except UnicodeDecodeError as error:
+        sys.exit(f"error: {path} is not UTF-8 text: {error.reason} at byte {error.start}")
+
+
 def text_files(paths: list[Path]) -> Split:
     """UTF-8 files; the end of each is held out."""
     train: list[str] = []
     held_out: list[str] = []
     for path in paths:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            sys.exit(f"error: cannot read {path}: {error.strerror}")
-        except UnicodeDecodeError as error:
-            sys.exit(f"error: {path} is not UTF-8 text: {error.reason} at byte {error.start}")
+        text = read_file(path)
         cut = len(text) - len(text) // HELD_OUT_SHARE
         train.append(text[:cut])
         held_out.append(text[cut:])
     return train, held_out
+
+
+def read_text(paths: list[Path]) -> Split:
+    """These files, or the standard library."""
+    return text_files(paths) if paths else standard_library()
 
 
 def pieces(document: str, lines: int = 1000) -> list[str]:
@@ -113,8 +124,8 @@ def train_tokenizer(documents: list[str], vocab: int) -> Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
-    end = tokenizer.token_to_id(END_OF_DOCUMENT)
+def encode(tokenizer: Tokenizer, documents: list[str], end: int) -> np.ndarray:
+    """The documents' tokens one after the other, `end` behind each."""
     ids = array("i")  # a list of Python's integers would take ten times the memory
     for document in documents:
         for encoding in tokenizer.encode_batch(pieces(document), add_special_tokens=False):
@@ -129,26 +140,27 @@ def load_corpus(paths: list[Path], vocab: int, cache: Path) -> Corpus:
     The vocabulary is trained on the train part alone. Vocabulary and tokens are kept in `cache` under a hash
     of all that they depend on, so that the next run on the same text starts at once.
     """
-    train, held_out = text_files(paths) if paths else standard_library()
+    train, held_out = read_text(paths)
     depends_on = repr((tokenizers.__version__, SPECIAL_TOKENS, vocab, train, held_out))
     key = hashlib.sha256(depends_on.encode()).hexdigest()[:16]
-    cached = cache / f"{key}.npz"
+    cached, vocabulary = cache / f"{key}.npz", cache / f"{key}.tokenizer.json"
     if not cached.exists():
         started = time.perf_counter()
         tokenizer = train_tokenizer(train, vocab)
         cache.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(str(cache / f"{key}.tokenizer.json"))
+        tokenizer.save(str(vocabulary))
+        end = tokenizer.token_to_id(END_OF_DOCUMENT)
         partial = cache / f"{key}.{os.getpid()}.partial.npz"
         np.savez(
             partial,
-            train=encode(tokenizer, train),
-            held_out=encode(tokenizer, held_out),
+            train=encode(tokenizer, train, end),
+            held_out=encode(tokenizer, held_out, end),
             vocab=tokenizer.get_vocab_size(),
         )
         partial.replace(cached)  # in one step: a run that is interrupted here leaves nothing half-written to load
         print(f"vocabulary trained in {time.perf_counter() - started:.0f} s, kept in {cache}")
     with np.load(cached) as arrays:
-        return Corpus(arrays["train"], arrays["held_out"], int(arrays["vocab"]))
+        return Corpus(arrays["train"], arrays["held_out"], int(arrays["vocab"]), vocabulary)
 
 
 def windows(tokens: np.ndarray, context: int) -> Tensor:

@@ -33,21 +33,19 @@ from typing import Any
 try:
     import torch
     import torch.nn.functional as F
+    from arguments import IMPLS, INTERRUPTED, at_least, positive
     from model import Decoder
     from report import print_table, save_plot
     from text import MIN_VOCAB, Corpus, batches, load_corpus, spread_windows
     from torch import Tensor
     from tqdm import tqdm
     from training import (
-        INTERRUPTED,
-        at_least,
         autocast,
         dense_logits,
         held_out_loss,
         learning_rate,
         make_optimizer,
         optimizer_step,
-        positive,
         provenance,
         write_json,
     )
@@ -56,7 +54,6 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f'error: {error.name} is not installed; in the root of the repository: pip install ".[train]"')
 
-IMPLS = ("cce", "cce_exact", "cce_threshold", "torch_compile", "baseline")
 WARMUP_STEPS = 3  # not counted in tokens a second
 
 

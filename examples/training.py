@@ -1,12 +1,10 @@
 """What the training programs here share: optimizer and schedule, the dense loss they are judged by, results files."""
 
-import argparse
 import json
 import math
 import os
 import platform
 import subprocess
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,6 @@ from model import Decoder
 from torch import Tensor
 
 import cce_ext
-
-INTERRUPTED = 130  # exit status, the shell's for a program that Ctrl-C ended
 
 
 def autocast(device: str, dtype: str) -> AbstractContextManager[Any]:
@@ -106,21 +102,3 @@ def write_json(result: dict[str, Any], path: Path) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
-
-
-def at_least(smallest: int) -> Callable[[str], int]:
-    """An argparse type: whole numbers from `smallest` up."""
-
-    def whole_number(text: str) -> int:
-        if int(text) < smallest:
-            raise argparse.ArgumentTypeError(f"must be {smallest} or more, not {text}")
-        return int(text)
-
-    return whole_number
-
-
-def positive(text: str) -> float:
-    """An argparse type: finite numbers above 0."""
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"must be above 0 and finite, not {text}")
-    return float(text)

@@ -32,3 +32,11 @@ def pytest_collection_modifyitems(items):
 def host():
     """cce_host_tests: C++ that runs without a GPU, built on first use."""
     return host_module.load()
+
+
+@pytest.fixture
+def accelerate():
+    """accelerate, whose state outlives an Accelerator or a Trainer otherwise."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    yield accelerate
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)

@@ -3,15 +3,14 @@
 import argparse
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from scripts import EXAMPLES, exit_of
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 TRAIN = EXAMPLES / "train.py"
 TINY = (
     *("--vocab", "512", "--layers", "1", "--width", "16", "--heads", "2", "--context", "16", "--batch", "4"),
@@ -26,12 +25,7 @@ def run(args: tuple[str, ...], folder: Path) -> subprocess.Popen[str]:
 
 
 def error_of(args: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, folder: Path) -> str | int | None:
-    """How the script exits, in this process: importing torch again for each mistake would take seconds."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    monkeypatch.setattr(sys, "argv", [str(TRAIN), *args, "--cache", str(folder / "cache")])
-    with pytest.raises(SystemExit) as exit_:
-        runpy.run_path(str(TRAIN), run_name="__main__")
-    return exit_.value.code
+    return exit_of("train.py", (*args, "--cache", str(folder / "cache")), monkeypatch)
 
 
 def test_comparison(tmp_path: Path) -> None:

@@ -1,0 +1,133 @@
+"""examples/train_hf.py through its command line, at tiny settings."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from scripts import exit_of
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+pytestmark = pytest.mark.usefixtures("accelerate")
+
+ARGPARSE = __import__("argparse").__file__
+TINY = (
+    *("--vocab", "300", "--context", "16", "--batch", "2", "--steps", "4", "--device", "cpu"),
+    *("--log-every", "1", "--eval-every", "4", "--eval-tokens", "64", "--save-every", "2"),
+)
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch, capsys):
+    """Runs the script and gives its exit status (or message) and what it printed."""
+
+    def run(*args: str, out: str = "out") -> tuple[str | int | None, str]:
+        folders = ("--out", str(tmp_path / out), "--cache", str(tmp_path / "cache"))
+        code = exit_of("train_hf.py", (*TINY, *folders, *args), monkeypatch)
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    return run
+
+
+def held_out_loss(printed: str) -> float:
+    return float(re.search(r"held-out loss ([\d.]+) after 4 steps", printed)[1])
+
+
+def logged(folder: Path) -> list[float]:
+    state = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())
+    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+def test_text_checkpoints_and_resume(train, tmp_path, monkeypatch):
+    """An interrupted run goes on as the uninterrupted one, and as the unpatched model's."""
+    from cce_ext import transformers as patching
+
+    impls, patch = [], patching.cce_patch
+    monkeypatch.setattr(patching, "cce_patch", lambda model, impl: [impls.append(impl), patch(model, impl)])
+    code, printed = train("--text", ARGPARSE, "--impl", "cce_exact")
+    assert code == 0, printed
+    loss, losses = held_out_loss(printed), logged(tmp_path / "out")
+    assert len(losses) == 4
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
+
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    code, printed = train("--text", ARGPARSE, "--impl", "cce_exact", "--resume")
+    assert code == 0 and held_out_loss(printed) == pytest.approx(loss, abs=1e-4)
+    assert logged(tmp_path / "out") == pytest.approx(losses, rel=1e-4)
+
+    code, printed = train("--text", ARGPARSE, "--impl", "baseline", out="baseline")
+    assert code == 0 and held_out_loss(printed) == pytest.approx(loss, abs=1e-3)
+    assert logged(tmp_path / "baseline") == pytest.approx(losses, rel=1e-3)
+
+    code, printed = train("--model", str(tmp_path / "out"), "--text", ARGPARSE, out="pretrained")
+    assert code == 0 and logged(tmp_path / "pretrained")[0] < losses[0]
+    assert impls == ["cce_exact", "cce_exact", "cce"]  # none for the baseline
+
+
+def write_instructions(path: Path, pairs: list[tuple[str, str]]) -> str:
+    path.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in pairs))
+    return str(path)
+
+
+def test_instructions(train, tmp_path):
+    """The prompt has no loss: with prompts of noise and one response, the loss falls below what the prompts allow."""
+    pairs = [(chr(97 + i % 26) * 3, "yes") for i in range(40)]
+    file = write_instructions(tmp_path / "pairs.jsonl", [*pairs, ("long " * 40, "never seen")])
+    code, printed = train("--instructions", file, "--scratch", "gemma2", "--accumulate", "2", "--checkpointing")
+    assert code == 0, printed
+    assert "1 instructions have no response within --context 16" in printed
+    assert held_out_loss(printed) < 5.0
+
+
+def test_labels_of_instructions(monkeypatch):
+    """Prompt -100, then the response and the end; cut at the context."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    from train_hf import instruction_rows
+
+    class Characters:
+        eos_token_id = 0
+
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": [*([1] if add_special_tokens else []), *map(ord, text)]}
+
+    rows = instruction_rows([("ab", "cd"), ("abcd", "e"), ("abcde", "f")], Characters(), 6)
+    assert rows == [
+        {"input_ids": [1, 97, 98, 99, 100, 0], "labels": [-100, -100, -100, 99, 100, 0]},
+        {"input_ids": [1, 97, 98, 99, 100, 101], "labels": [-100, -100, -100, -100, -100, 101]},
+    ]
+
+
+def test_mistakes(train, tmp_path):
+    for args, message in (
+        (("--impl", "magic"), "magic"),
+        (("--resume",), "there is no checkpoint"),
+        (("--model", "x", "--scratch", "llama"), "not allowed with"),
+    ):
+        code, printed = train(*args)
+        assert code == 2 and message in printed
+
+    (tmp_path / "empty").mkdir()
+    code, _ = train("--model", str(tmp_path / "empty"))
+    assert "error: --model" in str(code)
+    folder = {name: tmp_path / name for name in ("config.json", "pairs.jsonl", "short.txt")}
+    folder["short.txt"].write_text("one two three\n")
+    for args, content, message in (
+        (("--scratch", "config.json"), None, "neither llama nor gemma2, nor a file"),
+        (("--scratch", "config.json"), "{", "is not JSON"),
+        (("--scratch", "config.json"), "[]", "has no model_type"),
+        (("--scratch", "config.json"), '{"model_type": "lama"}', "lama"),
+        (("--instructions", "pairs.jsonl"), None, "cannot read"),
+        (("--instructions", "pairs.jsonl"), "{}\n", 'line 1: expected {"prompt"'),
+        (("--instructions", "pairs.jsonl"), "\nx\n", "line 2, is not JSON"),
+        (("--instructions", "pairs.jsonl"), '{"prompt": "a", "response": "b"}', "has 1 instructions"),
+        (("--text", "short.txt"), None, "fewer than --context 16"),
+    ):
+        if content is not None:
+            folder[args[1]].write_text(content)
+        text = ("--text", ARGPARSE) if args[0] == "--scratch" else ()
+        code, _ = train(args[0], str(folder[args[1]]), *text)
+        assert message in str(code)
