@@ -85,9 +85,17 @@ _MACHINE = ("device", "torch", "commit", "command", "date")
 _FIGURES = ("runtime_ms", "runtime_p20", "runtime_p80", "x_mm", "tflops", "op_mem_mb", "de_err", "dc_err")
 _ROW = {"shape", "n", "d", "v", "data", "method", "kind", "note", "de_err_mean8", "dc_err_mean8", *_FIGURES}
 
+_DISTRIBUTED_ROW = {
+    *("shape", "n", "d", "v", "ranks", "method", "kind", "runtime_ms", "runtime_p20", "runtime_p80"),
+    *("op_mem_mb", "speed_up", "communication"),
+}
+
 
 def check(result: dict[str, Any]) -> str:
-    """Which benchmark a results file is of: bench, ladder, portable, overhead or train. ValueError if it is of none."""
+    """Which benchmark a results file is of: bench, distributed, ladder, portable, overhead or train.
+
+    Raises ValueError if it is of none.
+    """
     if "runs" in result:
         _require(bool(result["runs"]), "runs is empty")
         for name, run in result["runs"].items():
@@ -106,6 +114,12 @@ def check(result: dict[str, Any]) -> str:
         for row in rows:
             _require(set(row) == {"method", "forward_us", "forward_backward_us"}, f"an overhead row has {sorted(row)}")
         return "overhead"
+    if "ranks" in rows[0]:
+        for row in rows:
+            _require(set(row) == _DISTRIBUTED_ROW, f"a distributed row has {sorted(row)}")
+            ordered = 0 <= row["runtime_p20"] <= row["runtime_ms"] <= row["runtime_p80"]
+            _require(ordered, f"distributed row {row['shape']} {row['method']} {row['kind']}: the percentiles")
+        return "distributed"
     if "x_dense" in rows[0]:
         keys = {"runtime_ms", "runtime_min_ms", "runtime_max_ms", "x_dense", "op_mem_mb", "mem_x_dense"}
         for row in rows:

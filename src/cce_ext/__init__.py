@@ -3,7 +3,16 @@
 from .api import LinearCrossEntropy, compute_z_loss, linear_cross_entropy
 from .methods import IMPLS
 from .ops import HAS_CUDA
+from .vocab_parallel import VocabParallelOptions
 
 __version__ = "0.1.0"
 
-__all__ = ["HAS_CUDA", "IMPLS", "LinearCrossEntropy", "__version__", "compute_z_loss", "linear_cross_entropy"]
+__all__ = [
+    "HAS_CUDA",
+    "IMPLS",
+    "LinearCrossEntropy",
+    "VocabParallelOptions",
+    "__version__",
+    "compute_z_loss",
+    "linear_cross_entropy",
+]

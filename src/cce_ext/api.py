@@ -8,11 +8,13 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
-from . import reference
+from . import reference, vocab_parallel
 from .checks import check_inputs, check_options, check_shift, check_target_range, may_look_at
 from .methods import DENSE, choose
 from .ops import autocast_inputs, register_composite
+from .vocab_parallel import VocabParallelOptions
 
 FilterEps = float | Literal["auto"] | None
 
@@ -37,6 +39,8 @@ def linear_cross_entropy(
     filter_e_grad: bool = ...,
     filter_c_grad: bool = ...,
     impl: str = ...,
+    vocab_parallel_options: VocabParallelOptions | None = ...,
+    mean_group: dist.ProcessGroup | None = ...,
 ) -> Tensor: ...
 
 
@@ -57,6 +61,8 @@ def linear_cross_entropy(
     filter_e_grad: bool = ...,
     filter_c_grad: bool = ...,
     impl: str = ...,
+    vocab_parallel_options: VocabParallelOptions | None = ...,
+    mean_group: dist.ProcessGroup | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -76,6 +82,8 @@ def linear_cross_entropy(
     filter_e_grad: bool = True,
     filter_c_grad: bool = True,
     impl: str = "cce",
+    vocab_parallel_options: VocabParallelOptions | None = None,
+    mean_group: dist.ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of the linear classifier e @ c.T + bias, without its logits.
 
@@ -98,6 +106,14 @@ def linear_cross_entropy(
         impl: "cce" (sampled gradient, unbiased), "cce_exact", "cce_threshold" (the paper's filter; biased),
             "cce_kahan", "cce_kahan_full_c", "cce_kahan_full_e" (as "cce"; full_c: c's gradient exact; full_e: e's),
             "torch_compile" and "reference" (dense torch, which holds the logits; filter options have no effect).
+        vocab_parallel_options: c and bias are this rank's rows of a classifier that is cut over a process group
+            (docs/distributed.md); targets are numbered over all of it. None: they are whole, or DTensors that say it.
+        mean_group: the process group whose ranks have other tokens (data, context parallel). "mean" then divides by the
+            tokens that count on a rank of it in the mean, so that the mean of the ranks' losses and gradients, which
+            DDP and FSDP take, is that over all tokens.
+
+    e, c, bias and targets may be DTensors of one mesh (docs/distributed.md says which placements): the loss and lse are
+    those of the whole tensors, and DTensors as well.
 
     Returns:
         loss, fp32 (fp64 for fp64 inputs): a scalar, or [.., T - shift] for "none". With return_lse also
@@ -123,6 +139,8 @@ def linear_cross_entropy(
         filter_e_grad,
         filter_c_grad,
         impl,
+        vocab_parallel_options,
+        mean_group,
     )
     return (loss, lse) if return_lse else loss
 
@@ -143,6 +161,8 @@ class LinearCrossEntropy(nn.Module):
         filter_e_grad: bool = True,
         filter_c_grad: bool = True,
         impl: str = "cce",
+        vocab_parallel_options: VocabParallelOptions | None = None,
+        mean_group: dist.ProcessGroup | None = None,
     ) -> None:
         """Options as in linear_cross_entropy. Raises ValueError for those that no call could take."""
         super().__init__()
@@ -161,6 +181,8 @@ class LinearCrossEntropy(nn.Module):
             "filter_e_grad": filter_e_grad,
             "filter_c_grad": filter_c_grad,
             "impl": impl,
+            "vocab_parallel_options": vocab_parallel_options,
+            "mean_group": mean_group,
         }
 
     def forward(
@@ -218,10 +240,24 @@ def _loss_and_lse(
     filter_e_grad: bool,
     filter_c_grad: bool,
     impl: str,
+    vocab_parallel_options: VocabParallelOptions | None = None,
+    mean_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
+    shard, whole, stream = None, None, 0
+    if vocab_parallel_options is not None:
+        shard, stream = vocab_parallel.shard_of(vocab_parallel_options), vocab_parallel_options.start
+    if any(_is_dtensor(x) for x in (e, c, targets, bias)):
+        if shard is not None:
+            raise ValueError("vocab_parallel_options: expected None where e, c or targets are DTensors, which say it")
+        from .distributed import localize
+
+        e, c, targets, bias, shard, whole, stream = localize(e, c, targets, bias, int(shift))
+
     e, c, bias = autocast_inputs(e, c, bias)
     check_inputs(e, c, targets, bias)
     check_options(reduction, softcap)
+    if shard is not None:
+        vocab_parallel.check_rows(shard, c)
     shift = check_shift(shift, targets)
     if shift:
         # e is not cut: the last positions have no label left, which is what ignore_index says.
@@ -230,11 +266,13 @@ def _loss_and_lse(
     rows, labels = e.reshape(-1, e.shape[-1]), targets.reshape(-1)
 
     # The operators of the CPU look by themselves; those of CUDA could not raise an IndexError.
-    looks = impl in DENSE or labels.device.type != "cpu"
+    looks = shard is None and (impl in DENSE or labels.device.type != "cpu")
     if looks and not torch.compiler.is_compiling() and may_look_at(labels):
         check_target_range(labels, len(c), ignore_index)
     if impl in DENSE:
         dense = reference.forward if impl == "reference" else _compiled_reference()
+        if shard is not None:
+            dense = functools.partial(vocab_parallel.dense_forward, shard, dense)
         nll, lse = dense(rows, c, bias, labels, ignore_index, softcap)
     else:
         method = choose(impl, filter_eps, filter_e_grad, filter_c_grad, e.dtype)
@@ -243,8 +281,12 @@ def _loss_and_lse(
         )
         seed = None
         if trains and method.draws:
-            seed = torch.randint(_SEEDS, (1,), device=e.device)
-        nll, lse, _ = torch.ops.cce.lce_forward(
+            # Ranks that are seeded alike, as tensor-parallel ones are, must not draw the same visits of their shards.
+            seed = torch.randint(_SEEDS, (1,), device=e.device) ^ stream
+        forward: Callable[..., Any] = torch.ops.cce.lce_forward
+        if shard is not None:
+            forward = functools.partial(vocab_parallel.lce_forward, shard)
+        nll, lse, *_ = forward(
             rows,
             c,
             bias,
@@ -259,19 +301,34 @@ def _loss_and_lse(
             need_map=trains and method.needs_map,
         )
 
-    nll, lse = nll.reshape(shape), lse.reshape(shape)
+    nll, lse, counts = nll.reshape(shape), lse.reshape(shape), targets != ignore_index
     if shift:
-        lse = lse[..., :-shift]
-        nll = nll[..., :-shift] if reduction == "none" else nll
-    return _reduce(nll, targets != ignore_index, reduction), lse
+        nll, lse, counts = (x[..., :-shift] for x in (nll, lse, counts))
+    if whole is not None:
+        nll, lse, counts = (whole(x) for x in (nll, lse, counts))
+    return _reduce(nll, counts, reduction, mean_group), lse
 
 
-def _reduce(values: Tensor, counts: Tensor, reduction: str) -> Tensor:
-    """values must be 0 where counts is False."""
+def _is_dtensor(x: Tensor | None) -> bool:
+    """By what only a DTensor has: importing the class takes longer than all the rest of this package."""
+    return hasattr(x, "device_mesh")
+
+
+def _reduce(values: Tensor, counts: Tensor, reduction: str, mean_group: dist.ProcessGroup | None = None) -> Tensor:
+    """values must be 0 where counts is False. Of DTensors a scalar is the same on all ranks."""
     if reduction == "none":
         return values
     total = values.sum()
-    return total / counts.sum() if reduction == "mean" else total
+    if reduction == "mean":
+        count: Any = counts.sum()
+        if mean_group is not None:
+            count = vocab_parallel.mean_count(count.full_tensor() if _is_dtensor(count) else count, mean_group)
+        total = total / count
+    if not _is_dtensor(total):
+        return total
+    from .distributed import replicated
+
+    return replicated(total)
 
 
 @functools.cache

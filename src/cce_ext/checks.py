@@ -7,6 +7,7 @@ import os
 import torch
 from torch import Tensor
 
+_EMPTY = "; if DeepSpeed ZeRO-3 has sharded c, compute the loss in the forward of the module that owns it"
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -27,7 +28,10 @@ def check_inputs(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None) -> 
     if e.dim() < 1:
         raise ValueError("e: expected [.., D], got a tensor without dimensions")
     if c.dim() != 2 or c.shape[1] != e.shape[-1]:
-        raise ValueError(f"c: expected [V, {e.shape[-1]}] for e of shape {_shape(e)}, got {_shape(c)}")
+        raise ValueError(
+            f"c: expected [V, {e.shape[-1]}] for e of shape {_shape(e)}, got {_shape(c)}"
+            + (_EMPTY if c.numel() == 0 and c.dim() < 2 else "")
+        )
     if targets.shape != e.shape[:-1]:
         raise ValueError(
             f"targets: expected shape {list(e.shape[:-1])} for e of shape {_shape(e)}, got {_shape(targets)}"

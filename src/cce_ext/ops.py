@@ -209,28 +209,26 @@ def _save_for_backward(ctx: Any, inputs: Any, keyword_only_inputs: dict[str, Any
 
 
 def _backward(ctx: Any, g_nll: Tensor | None, g_lse: Tensor | None, g_map: None) -> tuple[Tensor | None, ...]:
-    e, c, bias, targets, nll, lse, tile_map, seed = ctx.saved_tensors
-    need = ctx.needs_input_grad[:3]
-    if need[0] and ctx.options["filter_e"] and ctx.options["method"] != "exact":
-        _check_determinism(e)
-    gradients = torch.ops.cce.lce_backward(
-        g_nll,
-        g_lse,
-        e,
-        c,
-        bias,
-        targets,
-        nll,
-        lse,
-        tile_map,
-        seed,
-        **ctx.options,
-        need_e=need[0],
-        need_c=need[1],
-        need_bias=need[2],
-    )
-    d_e, d_c, d_bias = (g if needed else None for g, needed in zip(gradients, need, strict=True))
+    d_e, d_c, d_bias = gradients(g_nll, g_lse, ctx.saved_tensors, ctx.options, ctx.needs_input_grad[:3])
     return d_e, d_c, d_bias, None, None
+
+
+def gradients(
+    g_nll: Tensor | None,
+    g_lse: Tensor | None,
+    saved: tuple[Tensor | None, ...],
+    options: dict[str, Any],
+    need: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """cce::lce_backward of what a forward saved (its arguments from e to seed): e's, c's and bias's, where needed."""
+    e = saved[0]
+    if e is not None and need[0] and options["filter_e"] and options["method"] != "exact":
+        _check_determinism(e)
+    found = torch.ops.cce.lce_backward(
+        g_nll, g_lse, *saved, **options, need_e=need[0], need_c=need[1], need_bias=need[2]
+    )
+    d_e, d_c, d_bias = (g if needed else None for g, needed in zip(found, need, strict=True))
+    return d_e, d_c, d_bias
 
 
 def _check_determinism(e: Tensor) -> None:

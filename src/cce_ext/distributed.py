@@ -1,0 +1,186 @@
+"""The loss of DTensors, and a style for parallelize_module: docs/distributed.md."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from . import vocab_parallel
+from .vocab_parallel import VocabParallelOptions
+
+__all__ = ["LossParallel", "VocabParallelOptions"]
+
+
+class LossParallel(ParallelStyle):
+    """For parallelize_module: makes a module that owns a classifier and computes its loss vocabulary-parallel.
+
+    The module's forward takes (e, targets) and gives cce_ext.linear_cross_entropy(e, self.weight, targets, self.bias)
+    or a tuple of such results. Its own parameters become Shard(0) over the mesh's one dimension.
+
+    Args:
+        e_layout: what a plain e is a rank's part of: Replicate() or Shard(1), sequence parallel, of [batch, length, D].
+        targets_layout: the same of plain targets.
+        use_local_output: give plain tensors, not DTensors. They are the same on all ranks for a scalar loss.
+    """
+
+    def __init__(
+        self,
+        *,
+        e_layout: Placement | None = None,
+        targets_layout: Placement | None = None,
+        use_local_output: bool = True,
+    ) -> None:
+        super().__init__()
+        self.layouts = (e_layout or Replicate(), targets_layout or Replicate())
+        self.use_local_output = use_local_output
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return distribute_module(module, device_mesh, self._cut, self._take, self._give)
+
+    def _cut(self, name: str, module: nn.Module, mesh: DeviceMesh) -> None:
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            rows = distribute_tensor(parameter, mesh, [Shard(0)], src_data_rank=self.src_data_rank)
+            module.register_parameter(key, nn.Parameter(rows, requires_grad=parameter.requires_grad))
+
+    def _take(self, module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) -> Any:
+        if len(inputs) != 2:
+            raise ValueError(f"LossParallel: expected forward(e, targets), got {len(inputs)} positional arguments")
+        return tuple(
+            x if isinstance(x, DTensor) else DTensor.from_local(x, mesh, [layout], run_check=False)
+            for x, layout in zip(inputs, self.layouts, strict=True)
+        )
+
+    def _give(self, module: nn.Module, outputs: Any, mesh: DeviceMesh) -> Any:
+        if not self.use_local_output:
+            return outputs
+        return tuple(x.to_local() for x in outputs) if isinstance(outputs, tuple) else outputs.to_local()
+
+
+class Local(NamedTuple):
+    """What this rank computes on.
+
+    whole: turns a per-token tensor [.., T - shift] of it into a DTensor. stream: which random numbers of one seed are
+    this rank's, among ranks of other tokens or other rows. DTensors' users seed all ranks alike.
+    """
+
+    e: Tensor
+    c: Tensor
+    targets: Tensor
+    bias: Tensor | None
+    shard: vocab_parallel.Shard | None
+    whole: Callable[[Tensor], DTensor]
+    stream: int
+
+
+def localize(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, shift: int) -> Local:
+    """This rank's part of the loss of DTensors e [.., D], c [V, D], targets [..] and bias [V].
+
+    Over a mesh dimension where c is Shard(0) the loss is vocabulary-parallel, and e and targets are gathered if they
+    are sharded. Where c is Replicate, tokens stay where e has them. Raises ValueError for what is neither.
+    """
+    if not isinstance(c, DTensor) or not isinstance(e, DTensor):
+        raise ValueError(_mixed(e, c))
+    mesh = c.device_mesh
+    for name, x in (("e", e), ("targets", targets), ("bias", bias)):
+        if isinstance(x, DTensor) and x.device_mesh != mesh:
+            raise ValueError(f"{name}: expected a DTensor on c's mesh {mesh}, got one on {x.device_mesh}")
+    if bias is not None and not isinstance(bias, DTensor):
+        raise ValueError("bias: expected a DTensor like c, got a plain tensor")
+
+    dims = range(mesh.ndim)
+    vocab = [m for m in dims if _shards(c.placements[m], [0])]
+    if len(vocab) > 1 or not all(m in vocab or c.placements[m].is_replicate() for m in dims):
+        raise ValueError(
+            f"c: expected Shard(0) over one mesh dimension at most and Replicate over the others, got {c.placements}; "
+            "the parameter of a module under fully_shard is whole in that module's forward: compute the loss there, or "
+            "redistribute c"
+        )
+    token_dims = range(e.ndim - 1)
+    for name, x in (("e", e), ("targets", targets)):
+        given = x.placements if isinstance(x, DTensor) else ()
+        if not all(p.is_replicate() or _shards(p, range(x.ndim)) for p in given):
+            raise ValueError(f"{name}: expected Replicate or Shard, got {given}; redistribute it first")
+
+    tokens = tuple(p if m not in vocab and _shards(p, token_dims) else Replicate() for m, p in enumerate(e.placements))
+    split = [m for m in dims if tokens[m].is_shard()]
+    if not isinstance(targets, DTensor):
+        if split:
+            raise ValueError(
+                f"targets: expected a DTensor where e is sharded over tokens ({e.placements}), got a tensor"
+            )
+        targets = DTensor.from_local(targets, mesh, tokens, run_check=False)
+    if shift and any(_shards(tokens[m], [e.ndim - 2]) for m in split):
+        raise ValueError(
+            f"shift: expected 0 where the tokens' last dimension stays sharded ({e.placements}), got {shift}: a label "
+            "is on another rank; shift the targets before they are sharded"
+        )
+
+    shape = targets.shape
+    targets = targets.redistribute(placements=tokens)
+
+    def whole(x: Tensor) -> DTensor:
+        size = torch.Size([*shape[:-1], shape[-1] - shift]) if shift else shape
+        strides = [math.prod(size[i + 1 :]) for i in range(len(size))]
+        return DTensor.from_local(x, mesh, tokens, run_check=False, shape=size, stride=tuple(strides))
+
+    # Each rank's part of a sum over what the mesh dimension shards.
+    e_gradient = [Partial() if m in vocab else tokens[m] for m in dims]
+    c_gradient = [Partial() if m in split else p for m, p in enumerate(c.placements)]
+    shard = _shard(c, mesh, vocab[0]) if vocab else None
+    part = 0
+    for m in split:
+        part = part * mesh.size(m) + mesh.get_local_rank(m)
+    return Local(
+        e.redistribute(placements=tokens).to_local(grad_placements=e_gradient),
+        c.to_local(grad_placements=c_gradient),
+        targets.to_local(),
+        None if bias is None else bias.redistribute(placements=c.placements).to_local(grad_placements=c_gradient),
+        shard,
+        whole,
+        stream=part * len(c) + (0 if shard is None else shard.start),
+    )
+
+
+def replicated(x: Tensor) -> Tensor:
+    """A DTensor as the same on all ranks: sums are taken."""
+    assert isinstance(x, DTensor)
+    return x.redistribute(placements=[Replicate()] * x.device_mesh.ndim)
+
+
+def _shards(placement: Placement, dims: Iterable[int]) -> bool:
+    """Whether it is Shard over one of the dims: not a subclass, such as FSDP's of early releases, with other rows."""
+    return type(placement) is Shard and placement.dim in dims
+
+
+def _shard(c: DTensor, mesh: DeviceMesh, vocab: int) -> vocab_parallel.Shard:
+    """This rank's rows of c, cut as Shard(0) cuts: in chunks of one size, the last ones smaller."""
+    v, ranks, rank = len(c), mesh.size(vocab), mesh.get_local_rank(vocab)
+    rows = -(-v // ranks)
+    if rows * (ranks - 1) >= v:
+        raise ValueError(f"c: Shard(0) of its {v} rows over {ranks} ranks leaves the last ranks none; use fewer ranks")
+    start = rank * rows
+    return vocab_parallel.Shard(
+        start,
+        min(start + rows, v),
+        mesh.get_group(vocab).group_name,
+        rank,
+        ranks,
+        reduce_e_grad=False,  # it is Partial
+    )
+
+
+def _mixed(e: Tensor, c: Tensor) -> str:
+    if isinstance(e, DTensor):
+        return f"c: expected a DTensor on e's mesh {e.device_mesh}, got a plain tensor; wrap it by DTensor.from_local"
+    return (
+        f"e: expected a DTensor on c's mesh, got a plain tensor for a c of {getattr(c, 'placements', None)}. If "
+        "fully_shard has sharded c, compute the loss in the forward of the module that owns it, where it is whole. If "
+        "c is vocabulary-parallel, wrap e by DTensor.from_local, or give c.to_local() and vocab_parallel_options"
+    )

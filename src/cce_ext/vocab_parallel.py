@@ -1,0 +1,250 @@
+"""The loss over a classifier whose rows are cut over the ranks of a process group: docs/distributed.md.
+
+Collectives are those of PyTorch that torch.compile can trace, by the operators' own names, which are the same in all
+releases from 2.10 on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from .checks import may_look_at
+from .ops import gradients
+
+# What a shard's kernels know an ignored token by: the caller's ignore_index, less start, could be one of its rows.
+_IGNORED = -1
+
+
+@dataclass(frozen=True)
+class VocabParallelOptions:
+    """The rows [start, stop) of the whole classifier that this rank's c (and bias) are.
+
+    The ranks' rows must be disjoint and together the vocabulary, in any order and of any sizes but 0. e and targets are
+    the same on all ranks of the group; targets are numbered over the whole vocabulary. Loss and lse come out the same
+    on all ranks, to the last bit; c's and bias's gradients are those of this rank's rows.
+
+    Attributes:
+        start, stop: this rank's rows, 0 <= start < stop.
+        group: the ranks that share the vocabulary; None is all of them.
+        reduce_e_grad: sum e's gradient over the group. False leaves each rank's own part, for a caller who sums it.
+
+    Raises ValueError for rows that cannot be.
+    """
+
+    start: int
+    stop: int
+    group: dist.ProcessGroup | None = None
+    reduce_e_grad: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop:
+            raise ValueError(
+                f"start, stop: expected 0 <= start < stop (a rank without rows cannot take part), got {self.start}, "
+                f"{self.stop}"
+            )
+
+    @classmethod
+    def from_vocab(
+        cls, vocab_size: int, group: dist.ProcessGroup | None = None, reduce_e_grad: bool = True
+    ) -> VocabParallelOptions:
+        """This rank's rows when the vocabulary is cut evenly: rank r of R has torch.tensor_split(c, R)[r].
+
+        Raises ValueError, on all ranks, where there are fewer rows than ranks.
+        """
+        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+        if vocab_size < ranks:
+            raise ValueError(f"vocab_size: expected a row for each of the group's {ranks} ranks, got {vocab_size}")
+        rows, more = divmod(vocab_size, ranks)
+        start = rank * rows + min(rank, more)
+        return cls(start, start + rows + (rank < more), group, reduce_e_grad)
+
+
+class Shard(NamedTuple):
+    """VocabParallelOptions as a call needs them."""
+
+    start: int
+    stop: int
+    group: str
+    rank: int
+    ranks: int
+    reduce_e_grad: bool
+
+
+def shard_of(options: VocabParallelOptions) -> Shard:
+    group = dist.group.WORLD if options.group is None else options.group
+    assert group is not None
+    return Shard(
+        options.start,
+        options.stop,
+        group.group_name,
+        dist.get_rank(group),
+        dist.get_world_size(group),
+        options.reduce_e_grad,
+    )
+
+
+def check_rows(shard: Shard, c: Tensor) -> None:
+    if len(c) != shard.stop - shard.start:
+        raise ValueError(
+            f"c: expected {shard.stop - shard.start} rows, this rank's [{shard.start}, {shard.stop}) of "
+            f"vocab_parallel_options, got {list(c.shape)}"
+        )
+
+
+def lce_forward(
+    shard: Shard,
+    e: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    seed: Tensor | None,
+    *,
+    ignore_index: int,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """nll and lse [N] over the whole vocabulary: cce::lce_forward of the shard, and one collective."""
+    labels, mine = _local_labels(shard, targets, ignore_index)
+    return _differentiable(_shared(shard, e), c, bias, labels, mine, seed, targets, shard, options)
+
+
+def dense_forward(
+    shard: Shard,
+    forward: Callable[..., tuple[Tensor, Tensor]],
+    e: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """The same of reference.forward, eager or compiled."""
+    labels, mine = _local_labels(shard, targets, ignore_index)
+    nll, lse = forward(_shared(shard, e), c, bias, labels, _IGNORED, softcap)
+    return _combine(shard, lse, lse - nll, labels, mine, targets)
+
+
+def mean_count(count: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The group's mean of a number that each rank has."""
+    return all_reduce(count, group.group_name) / dist.get_world_size(group)
+
+
+def _local_labels(shard: Shard, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Labels as rows of this shard, and whether they are its own (of ignored tokens that means nothing).
+
+    A token whose label is elsewhere gets one of this shard's rows: what the tile map is relative to, and a tile that is
+    surely visited. Neighbours get neighbouring rows: 128 tokens share a tile.
+    """
+    mine = (targets >= shard.start) & (targets < shard.stop)
+    stand_in = torch.arange(len(targets), dtype=targets.dtype, device=targets.device) % (shard.stop - shard.start)
+    labels = torch.where(mine, targets - shard.start, stand_in)
+    return labels.masked_fill(targets == ignore_index, _IGNORED), mine
+
+
+def _combine(
+    shard: Shard, lse: Tensor, label: Tensor, labels: Tensor, mine: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """nll and lse over the whole vocabulary from each shard's lse and (where it is mine) label logit, all [N].
+
+    All ranks' pairs are gathered, not summed: a sum of exponentials would need the maximum first. Every rank then adds
+    up the same numbers in the same order.
+    """
+    # NaN says that the label is not here; a label's logit that is NaN itself makes the lse NaN anyway.
+    inf, nan = float("inf"), float("nan")
+    label = label.nan_to_num(nan=inf, posinf=inf, neginf=-inf).masked_fill(~mine, nan)
+    own = torch.stack([lse, label])
+    pairs = all_gather(own.detach(), shard.ranks, shard.group).view(shard.ranks, *own.shape)
+    if own.requires_grad:
+        here = torch.arange(shard.ranks, device=own.device) == shard.rank
+        pairs = torch.where(here[:, None, None], own, pairs)
+    lses, logits = pairs.unbind(1)
+
+    ignored = labels == _IGNORED
+    nowhere = logits.isnan().all(0) & ~ignored
+    if not torch.compiler.is_compiling() and may_look_at(targets) and bool(nowhere.any()):
+        at = int(nowhere.int().argmax())
+        raise IndexError(f"targets: {int(targets[at])} at flat position {at}: in no rank's rows, nor ignore_index")
+    lse = lses.logsumexp(0).masked_fill(ignored, 0.0)
+    nll = (lse - logits.nansum(0)).masked_fill(nowhere, nan).masked_fill(ignored, 0.0)
+    return nll, lse
+
+
+class _LceForward(torch.autograd.Function):
+    """cce::lce_forward and cce::lce_backward of one shard, with the lse of the whole vocabulary between them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        e: Tensor,
+        c: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        mine: Tensor,
+        seed: Tensor | None,
+        targets: Tensor,
+        shard: Shard,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        nll, lse, tile_map = torch.ops.cce.lce_forward(e, c, bias, labels, seed, ignore_index=_IGNORED, **options)
+        reference = lse - nll
+        nll, lse = _combine(shard, lse, reference, labels, mine, targets)
+        # The map is relative to this shard's label, or its stand-in. A target that is in no shard must show in the
+        # gradient too.
+        relative = lse - reference
+        visible = lse.masked_fill(nll.isnan(), float("nan"))
+        ctx.save_for_backward(e, c, bias, labels, mine, relative, visible, tile_map, seed)
+        ctx.options = {name: value for name, value in options.items() if name != "need_map"}
+        return nll, lse
+
+    @staticmethod
+    def backward(ctx: Any, g_nll: Tensor, g_lse: Tensor) -> tuple[Tensor | None, ...]:
+        e, c, bias, labels, mine, relative, lse, tile_map, seed = ctx.saved_tensors
+        # Elsewhere a token's loss is its lse alone, which has all of this shard's columns.
+        d_e, d_c, d_bias = gradients(
+            g_nll.masked_fill(~mine, 0.0),
+            g_lse + g_nll.masked_fill(mine, 0.0),
+            (e, c, bias, labels, relative, lse, tile_map, seed),
+            {"ignore_index": _IGNORED, **ctx.options},
+            ctx.needs_input_grad[:3],
+        )
+        return d_e, d_c, d_bias, None, None, None, None, None, None
+
+
+class _SumGradient(torch.autograd.Function):
+    """x as it is; its gradient is summed over the group."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(gradient, ctx.group), None
+
+
+_differentiable: Callable[..., tuple[Tensor, Tensor]] = _LceForward.apply
+_sum_gradient: Callable[[Tensor, str], Tensor] = _SumGradient.apply
+
+
+def _shared(shard: Shard, e: Tensor) -> Tensor:
+    return _sum_gradient(e, shard.group) if shard.reduce_e_grad else e
+
+
+def all_gather(x: Tensor, ranks: int, group: str) -> Tensor:
+    """x of every rank, along the first dimension."""
+    collectives = torch.ops._c10d_functional
+    out: Tensor = collectives.wait_tensor(collectives.all_gather_into_tensor(x.contiguous(), ranks, group))
+    return out
+
+
+def all_reduce(x: Tensor, group: str) -> Tensor:
+    """The sum over the ranks."""
+    collectives = torch.ops._c10d_functional
+    out: Tensor = collectives.wait_tensor(collectives.all_reduce(x.contiguous(), "sum", group))
+    return out
