@@ -68,6 +68,9 @@ class Collectives:
 def measure(shape: shapes.Shape, device: str, repeats: int, warmup: int) -> list[report.Row]:
     """Raises ValueError if the ranks' loss is not that of one."""
     p = lm(*shape[1:], dtype=torch.bfloat16 if device == "cuda" else torch.float32, device=device)
+    # Two devices need not make the same numbers of one seed.
+    for x in (p.e, p.c, p.targets):
+        dist.broadcast(x, 0)
     options = VocabParallelOptions.from_vocab(shape.v)
     part = Problem(p.e, p.c[options.start : options.stop].clone(), p.targets)
     losses = {

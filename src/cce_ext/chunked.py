@@ -149,7 +149,7 @@ def _tile_lse(classifier: Classifier, e: Tensor, buffer: Tensor, need_max: bool)
             yield z, slice(first, first + tiles)
 
     def tiles_of(z: Tensor) -> Tensor:
-        return z.unflatten(1, (-1, TILE_COLUMNS))
+        return z.view(len(z), -1, TILE_COLUMNS)
 
     # Most logits are so small that exp needs no offset, which is two passes less over the block. Where some are
     # not, all is done again; only on a CPU is it free to ask.

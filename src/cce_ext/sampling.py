@@ -77,7 +77,8 @@ def draw_visits(seed: Tensor, first_tile: int, q: Tensor, live: Tensor) -> Tenso
         steps.where(~of_token, 0).cumsum(3) + tile_chains,
     )
     wraps = (sums >> 32) != (sums - steps >> 32)
-    return wraps.flatten(2).flatten(0, 1)[:tiles, :n] | sure
+    drawn: Tensor = wraps.flatten(2).flatten(0, 1)[:tiles, :n]
+    return drawn | sure
 
 
 def _mix(x: Tensor) -> Tensor:
