@@ -85,6 +85,10 @@ _MACHINE = ("device", "torch", "commit", "command", "date")
 _FIGURES = ("runtime_ms", "runtime_p20", "runtime_p80", "x_mm", "tflops", "op_mem_mb", "de_err", "dc_err")
 _ROW = {"shape", "n", "d", "v", "data", "method", "kind", "note", "de_err_mean8", "dc_err_mean8", *_FIGURES}
 
+_BACKWARD_ROWS = (
+    {"shape", "kernel", "start_us", "length_us", "gap_us"},
+    {"shape", "tiles", "first_rank", "visits", "runtime_ms"},
+)
 _DISTRIBUTED_ROW = {
     *("shape", "n", "d", "v", "ranks", "method", "kind", "runtime_ms", "runtime_p20", "runtime_p80"),
     *("op_mem_mb", "speed_up", "communication"),
@@ -92,10 +96,16 @@ _DISTRIBUTED_ROW = {
 
 
 def check(result: dict[str, Any]) -> str:
-    """Which benchmark a results file is of: bench, distributed, ladder, portable, overhead or train.
+    """Which benchmark a results file is of: bench, backward, distributed, ladder, portable, overhead, study or
+    train.
 
     Raises ValueError if it is of none.
     """
+    if result.get("kind") == "study":
+        _require({"config", "sessions", "runs"} <= set(result) and bool(result["runs"]), "a study file lacks its runs")
+        for session in result["sessions"]:
+            _require({"device", "commit", "command", "versions"} <= set(session), "a study's session lacks its origin")
+        return "study"
     if "runs" in result:
         _require(bool(result["runs"]), "runs is empty")
         for name, run in result["runs"].items():
@@ -114,6 +124,10 @@ def check(result: dict[str, Any]) -> str:
         for row in rows:
             _require(set(row) == {"method", "forward_us", "forward_backward_us"}, f"an overhead row has {sorted(row)}")
         return "overhead"
+    if "kernel" in rows[0]:
+        for row in rows:
+            _require(set(row) in _BACKWARD_ROWS, f"a backward row has {sorted(row)}")
+        return "backward"
     if "ranks" in rows[0]:
         for row in rows:
             _require(set(row) == _DISTRIBUTED_ROW, f"a distributed row has {sorted(row)}")

@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("tqdm", reason="the benchmark needs tqdm")
 
 from bench import __main__ as cli
-from bench import errors, inputs, memory, overhead, plot, portable, report, shapes, timing, worker
+from bench import backward, errors, inputs, memory, overhead, plot, portable, report, shapes, timing, worker
 from bench.methods import METHODS, Method
 from cce_ext import linear_cross_entropy, reference
 from cce_ext.measure import phase_peaks
@@ -416,6 +416,23 @@ def test_committed_results(file):
     kind = report.check(json.loads(text))
     assert kind == re.split("[_.]", file.name)[0]
     assert "NaN" not in text and "Infinity" not in text
+
+
+def test_plot_of_a_backward(tmp_path, monkeypatch):
+    kernel = {"shape": "gemma2", "kernel": "visits", "start_us": 0.0, "length_us": 5.0, "gap_us": 0.0}
+    groups = [(0, 0, 1.0), (4, 0, 8.0), (32, 4, 2.0), (36, 0, 10.0)]
+    rows = [
+        {"shape": "gemma2", "tiles": tiles, "first_rank": first, "visits": visits, "runtime_ms": 0.1 * visits}
+        for tiles, first, visits in groups
+    ]
+    file = tmp_path / "backward.json"
+    report.save(file, report.machine("cpu", "bench.backward", "abc"), [kernel, *rows])
+    assert report.check(json.loads(file.read_text())) == "backward"
+    monkeypatch.setattr("sys.argv", ["bench.backward", "plot", str(file)])
+    backward.main()
+    assert file.with_suffix(".png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="a backward row has"):
+        report.save(file, report.machine("cpu", "bench.backward", "abc"), [kernel | {"more": 1}])
 
 
 def made_up(places: list[tuple[int, int, int]], names: tuple[str, ...] = ("mm", "cce")) -> list[dict]:
