@@ -73,7 +73,16 @@ def check(p: Problem):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "shape",
-    [(256, 128, 512), (252, 128, 507), (252, 123, 507), (8192, 1024, 32000), (1, 8, 1), (1, 1, 2), (129, 72, 257)],
+    [
+        (256, 128, 512),
+        (252, 128, 507),
+        (252, 123, 507),
+        (8192, 1024, 32000),
+        (1, 8, 1),
+        (1, 8, 5),
+        (1, 1, 2),
+        (129, 72, 257),
+    ],
     ids=str,
 )
 def test_shapes(shape, dtype):
@@ -103,7 +112,7 @@ def test_the_forward_is_bitwise_the_same(method):
 
 @pytest.mark.skipif("CCE_KERNELS" in os.environ, reason="this is that run")
 def test_all_of_this_on_the_kernels_of_older_gpus():
-    """On Hopper the forward has a kernel of its own, so that nothing else here would run the other one."""
+    """Hopper has kernels of its own for logits, so that nothing else here would run the other ones."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env=os.environ | {"CCE_KERNELS": "sm80"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
@@ -196,14 +205,13 @@ def test_deterministic_algorithms():
 
     try:
         torch.use_deterministic_algorithms(True)
-        for impl in ("cce", "cce_threshold"):
-            with pytest.raises(RuntimeError, match="use impl='cce_exact' or filter_e_grad=False"):
-                gradients(impl=impl)
-        for options in ({"impl": "cce_exact"}, {"filter_e_grad": False}):
+        with pytest.raises(RuntimeError, match="use impl='cce_exact' or filter_e_grad=False"):
+            gradients(impl="cce")
+        for options in ({"impl": "cce_exact"}, {"impl": "cce_threshold"}, {"filter_e_grad": False}):
             first = gradients(**options)
             assert all(torch.equal(x, y) for x, y in zip(first, gradients(**options), strict=True))
         torch.use_deterministic_algorithms(True, warn_only=True)
-        with pytest.warns(UserWarning, match="sums in no fixed order"):
+        with pytest.warns(UserWarning, match="a sum in no fixed order"):
             gradients(impl="cce")
     finally:
         torch.use_deterministic_algorithms(False)
@@ -226,20 +234,61 @@ def test_each_gradient_by_itself(method, sides):
             assert (error(x, y) < 2e-3) == (not filtered)
 
 
-def test_threshold_drops_blocks_and_only_small_entries():
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(300, 32, 12000), (129, 72, 3001), (1, 8, 300)], ids=str)
+def test_threshold_drops_blocks_and_only_small_entries(shape, dtype):
     """Against the filter written out densely: a 128 x 128 block goes where every |p - onehot| is under eps."""
-    eps, p = 0.5, problem(300, 32, 12000, ignored=0.1)
+    eps, p = 0.5, problem(*shape, ignored=0.1 if shape[0] > 1 else 0.0, dtype=dtype)
     q = p.to(torch.float64)
     dz = (q.e @ q.c.T).softmax(1) - F.one_hot(q.targets.clamp(min=0), len(q.c))
     dz[q.targets == -100] = 0
     blocks = F.pad(dz, (0, -len(q.c) % 128, 0, -len(q.e) % 128)).unflatten(1, (-1, 128)).unflatten(0, (-1, 128))
     keep = blocks.abs().amax((1, 3), keepdim=True) >= eps
-    assert 0 < keep.float().mean() < 0.9
+    assert 0 < keep.double().mean() < 0.9
     dz = (blocks * keep).flatten(2).flatten(0, 1)[: len(q.e), : len(q.c)]
     ones, none = torch.ones(len(p.e), device="cuda"), torch.zeros(len(p.e), device="cuda")
     got = backward(p, forward(p), "threshold", eps=eps, upstream_of=(ones, none))
     for x, y in zip(got, (dz @ q.c, dz.T @ q.e), strict=True):
         assert error(x, y) < 4e-3
+
+
+@pytest.mark.parametrize("confident", [False, True])
+def test_threshold_judges_the_label_by_its_distance_from_one(confident):
+    """A block in which only a label's entry is large: 1 - p decides, not p."""
+    e = torch.zeros(128, 8, device="cuda").bfloat16()
+    c = torch.zeros(256, 8, device="cuda").bfloat16()
+    e[:, 0], c[3, 0] = 1.0, 16.0 if confident else 8.0  # p of column 3: 1 - 3e-5, or 1 - 0.08
+    p = Problem(e, c, torch.full((128,), 3, device="cuda"))
+    outputs = forward(p)
+    ups = torch.ones(128, device="cuda"), torch.zeros(128, device="cuda")
+    got = backward(p, outputs, "threshold", eps=0.01, upstream_of=ups)
+    exact = backward(p, outputs, "exact", upstream_of=ups)
+    # The second vocab tile's entries are far below eps in any case.
+    assert (got[1][128:] == 0).all() and exact[1][128:, 0].any()
+    assert torch.equal(got[1][:128], torch.zeros_like(exact[1][:128]) if confident else exact[1][:128])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("method", ["exact", "threshold"])
+def test_rows_that_overlap(method, dtype):
+    """Expanded e, and c whose rows overlap: no product of cuBLAS takes them as they lie."""
+    p = problem(200, 64, 1500, dtype=dtype)
+    p = replace(p, e=p.e[:1].expand(200, 64), c=p.c.flatten().as_strided((1500, 64), (8, 1)))
+    copied = replace(p, e=p.e.contiguous(), c=p.c.contiguous())
+    for x, y in zip(backward(p, forward(p), method), backward(copied, forward(copied), method), strict=True):
+        assert error(x, y) < 2e-3
+
+
+@pytest.mark.parametrize("impl", ["cce_exact", "cce_threshold"])
+def test_under_autocast(impl):
+    p = problem(300, 64, 3000).leaves()
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cuda", torch.float16, enabled=enabled):
+            loss = linear_cross_entropy(p.e, p.c, p.targets, impl=impl)
+            results.append(torch.autograd.grad(loss, (p.e, p.c)))
+    for x, y in zip(*results, strict=True):
+        assert x.dtype == y.dtype and error(x, y) < 1e-2
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -320,8 +369,10 @@ def test_any_layout(impl, d):
         loss = linear_cross_entropy(e, c, p.targets.repeat_interleave(2)[::2].int(), impl=impl)
         results.append([loss, *torch.autograd.grad(loss, (e, c))])
     for other in results[1:]:
-        assert torch.equal(other[0], results[0][0]) and torch.equal(other[2], results[0][2])
-        assert error(other[1], results[0][1]) < 2e-3
+        assert torch.equal(other[0], results[0][0])
+        # dE of the sampled method is summed in no order, and cuBLAS may choose by the strides.
+        assert all(error(x, y) < 2e-3 for x, y in zip(other[1:], results[0][1:], strict=True))
+        assert impl != "cce" or torch.equal(other[2], results[0][2])
 
 
 def test_strided_rows_are_not_copied():

@@ -1,5 +1,6 @@
 """How the kernels' work is cut and ordered: C++ that decides on the host, for every GPU there is."""
 
+import numpy as np
 import pytest
 
 # Multiprocessors and the shared memory of a block: A100, RTX 3090, RTX 4090, H200, B200.
@@ -132,7 +133,27 @@ def test_exact_chunks_fit(host, gpu, shape, needs):
     plan = host.plan_exact(n, d, v, *needs, *gpu)
     columns = plan["chunk_columns"]
     assert columns % 256 == 0 and plan["chunks"] == -(-v // columns) and plan["shared_bytes"] <= gpu[1]
-    assert columns == 256 or columns * n * 2 <= max(2**26, (n + v) * d * 2 // 10)
+    assert plan["kernel"] == "sm80" and plan["units"] == -(-n // 128) * (columns // 256)
+    bytes_e, bytes_c = needs[0] * n * d * 2, needs[1] * v * d * 2
+    # Sums of e's gradient, a chunk and cuBLAS's workspace, over the gradients.
+    over = bytes_e + columns * n * 2 + 2**25
+    assert columns == 256 or columns * n * 2 <= 2**25 or over <= (bytes_e + bytes_c) / 7
+
+
+@pytest.mark.parametrize(("d", "v"), [(2304, 256000), (4096, 128256)])
+def test_the_exact_backward_keeps_to_its_memory(host, d, v):
+    """Of 8192 tokens on an H200: at its peak at most 1.15 times the gradients."""
+    n = 8192
+    plan = host.plan_exact(n, d, v, True, True, *GPUS["sm_90"], **HOPPER)
+    assert plan["kernel"] == "sm90" and plan["cluster"] == 2
+    sums, gradient_e, gradient_c = n * d * 4, n * d * 2, v * d * 2
+    # With the workspace that cuBLAS may ask for then; e's gradient is allocated when dz is gone.
+    during = gradient_c + sums + n * plan["chunk_columns"] * 2 + 2**25
+    after = gradient_c + sums + gradient_e
+    assert max(during, after) <= 1.15 * (gradient_e + gradient_c)
+    # The last wave of dz is not left to few.
+    waves = plan["units"] / 66
+    assert waves / -(-plan["units"] // 66) > 0.9
 
 
 @gpus
@@ -180,3 +201,42 @@ def test_a_swizzled_tile_has_no_bank_conflicts(host):
             # ldmatrix reads a chunk of eight neighbouring rows; a copy writes all chunks of one row.
             assert len({host.swizzled_offset(first + r, chunk) % 128 for r in range(8)}) == 8
             assert len({host.swizzled_offset(first, c) % 128 for c in range(8)}) == 8
+
+
+def bf16(rng, rows, columns, stride):
+    """Small whole numbers, exact in bf16, as its bits, in rows that lie further apart; and their values."""
+    values = rng.integers(-3, 4, (rows, stride)).astype(np.float32)
+    bits = (values.view(np.uint32) >> 16).astype(np.uint16)
+    return bits[:, :columns], values[:, :columns]
+
+
+def values_of(bits):
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(3, 8, 5), (1, 16, 7), (12, 8, 1)])
+def test_products_of_cublas(host, m, n, k):
+    """Row-major products in terms of a column-major library, and its modes as they were found."""
+    rng = np.random.default_rng(0)
+    a, a_values = bf16(rng, m, k, k + 3)
+    b, b_values = bf16(rng, k, n, n + 8)
+    sums = np.full((m, n), np.nan, np.float32)
+    for add, expected in ((False, a_values @ b_values), (True, 2 * a_values @ b_values)):
+        assert host.blas_product(a, b, sums, add=add)["error"] is None
+        assert np.array_equal(sums, expected)
+
+    t, t_values = bf16(rng, k, m, m + 5)
+    out = np.empty((m, n), np.uint16)
+    modes = host.blas_product(t, b, out, transposed=True)
+    assert np.array_equal(values_of(out), t_values.T @ b_values)
+    # No sums in 16 bits; and torch's own mode afterwards.
+    assert modes == {"error": None, "gemm_math_mode": 16, "math_mode": 3, "pointer_mode": 0}
+    modes = host.blas_product(t, b, out, transposed=True, factors=np.array([0.5, 0.0], np.float32))
+    assert np.array_equal(values_of(out), t_values.T @ b_values / 2) and modes["pointer_mode"] == 0
+
+
+def test_errors_of_cublas_are_kept(host):
+    a, _ = bf16(np.random.default_rng(0), 2, 2, 2)
+    done = host.blas_product(a, a, np.zeros((2, 2), np.float32), status=13)
+    assert done["error"] == "failed" and done["math_mode"] == 3
+    assert "cuBLAS" in host.error_without_cublas()

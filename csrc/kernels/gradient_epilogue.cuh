@@ -3,27 +3,18 @@
 #include <cstdint>
 
 #include "kernels/finish_logits.cuh"
+#include "kernels/gradient_block.cuh"
 #include "kernels/logits_sm80.cuh"
-#include "tile/gradient_row.cuh"
+#include "ptx/barrier.cuh"
 
 namespace cce {
 
 // Writes the gradient of a chunk of the logits, dz in Element, scaled: what the exact method multiplies by C
-// and E. Columns count from the chunk's first.
-template <typename Element>
+// and E. With a filter, blocks of small entries are zeros.
+template <typename Element, bool kFilter>
 class GradientEpilogue {
  public:
-  struct Arguments {
-    const Element* bias;  // of the chunk, or null
-    int64_t bias_stride;
-    Softcap softcap;
-    const GradientRow* rows;  // [n]
-    const uint32_t* largest;
-    Element* dz;  // [n, stride]
-    int64_t stride;
-    int n;
-    int first_column, columns;  // of the chunk
-  };
+  using Arguments = GradientArguments<Element>;
 
   __device__ __forceinline__ GradientEpilogue(const Arguments& a, unsigned char*) : a_(a) {}
 
@@ -33,52 +24,65 @@ class GradientEpilogue {
   template <typename Product>
   __device__ __forceinline__ void block(Product& product, const ForwardUnit& unit, int column_block,
                                         unsigned char*) {
-    constexpr int kMTiles = Product::kRows, kNTiles = Product::kColumns;
-    const GradientScale<Element> scale(*a_.largest);
-    const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
-    const int warp = static_cast<int>(threadIdx.x) / kWarpLanes;
-    const int first_row = warp / kLogitsWarpsN * (kLogitsRows / kLogitsWarpsM);
-    const int first = column_block * kLogitsColumns + warp % kLogitsWarpsN * (kLogitsColumns / kLogitsWarpsN);
-    const int column0 = first + lane % 4 * 2;
-    const int row0 = unit.row_block * kLogitsRows + first_row + lane / 4;
-    Element* out = a_.dz + row0 * a_.stride + first + 8 * (lane % 4);
-    finish_logits(product, column0, a_.bias, a_.bias_stride, a_.softcap, a_.columns);
-#pragma unroll
-    for (int i = 0; i < kMTiles; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = row0 + 16 * i + 8 * half;
-        GradientRow g = {0.0f, 0.0f, INFINITY, -1};
-        if (row < a_.n) g = a_.rows[row];
-        const int label = g.label - a_.first_column - column0;
-#pragma unroll
-        for (int j = 0; j < kNTiles; j += 4) {
-          uint32_t packed[4];
-#pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            float dz[2];
-#pragma unroll
-            for (int side = 0; side < 2; ++side) {
-              const float z = product.sums[i][j + k][2 * half + side];
-              dz[side] = g.a * g.probability(z);
-              if (label == 8 * (j + k) + side) dz[side] -= g.b;
-              if (a_.softcap.present()) dz[side] *= a_.softcap.slope(z);
-              dz[side] *= scale.factor;
-            }
-            packed[k] = pack(dz[0], dz[1], Element());
-          }
-          transpose_quad(packed, lane);
-          // Lane q of a quad now has the eight columns of tile j + q.
-          if (row < a_.n) {
-            *reinterpret_cast<uint4*>(out + 8 * j) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
-          }
-        }
-        out += 8 * a_.stride;
-      }
+    int row0 = unit.row_block * kLogitsRows + warp() / kLogitsWarpsN * (kLogitsRows / kLogitsWarpsM);
+    int column0 = column_block * kLogitsColumns + warp_n() * (kLogitsColumns / kLogitsWarpsN);
+    finish_logits(product, column0 + lane() % 4 * 2, a_.bias, a_.bias_stride, a_.softcap, a_.columns);
+    const bool keep = !kFilter || keeps(product, row0, column0);
+    // What was computed of these for the filter is to be computed again, not kept: there is no register left.
+    asm volatile("" : "+r"(row0), "+r"(column0));
+    if (!keep) {
+      each_row(product, row0, column0, [&](int, int, int row, const GradientRow&, int) {
+        write_zeros<Product::kColumns>(0, row < a_.n, a_.dz + row * a_.stride + column0);
+      });
+    } else if (a_.softcap.present()) {
+      write<true>(product, row0, column0);
+    } else {
+      write<false>(product, row0, column0);
     }
   }
 
  private:
+  template <bool kSoftcap, typename Product>
+  __device__ __forceinline__ void write(const Product& product, int row0, int column0) const {
+    each_row(product, row0, column0, [&](int i, int half, int row, const GradientRow& g, int label) {
+      write_gradient<Product::kColumns, kSoftcap>(product, i, half, 0, g, label, row < a_.n,
+                                                  a_.dz + row * a_.stride + column0, a_);
+    });
+  }
+
+  // Whether the filter keeps the block that the warp has a part of.
+  template <typename Product>
+  __device__ __forceinline__ bool keeps(const Product& product, int row0, int column0) const {
+    static_assert(kLogitsRows == kFilterBlockRows && kLogitsColumns == 2 * kTileColumns, "two of its blocks");
+    bool passes = false;
+    each_row(product, row0, column0, [&](int i, int half, int, const GradientRow& g, int label) {
+      passes |= passes_filter<Product::kColumns>(product, i, half, 0, g, label, a_);
+    });
+    // Half of the warps have one, half the other: each vocab tile has a barrier of its own.
+    return warp_n() < kLogitsWarpsN / 2 ? ptx::any_at_barrier<1, kLogitsThreads / 2>(passes)
+                                        : ptx::any_at_barrier<2, kLogitsThreads / 2>(passes);
+  }
+
+  // Calls use(i, half, row, its token, its label's column counted from the lane's first) for each of the
+  // lane's rows.
+  template <typename Product, typename Use>
+  __device__ __forceinline__ void each_row(const Product&, int row0, int column0, const Use& use) const {
+#pragma unroll
+    for (int i = 0; i < Product::kRows; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = row0 + lane() / 4 + 16 * i + 8 * half;
+        const GradientRow g = gradient_row(a_, row);
+        use(i, half, row, g, g.label - a_.first_column - column0 - lane() % 4 * 2);
+      }
+    }
+  }
+
+  // Where the thread and its warp are, computed where it is wanted: the product takes all registers.
+  __device__ __forceinline__ static int lane() { return static_cast<int>(threadIdx.x) % kWarpLanes; }
+  __device__ __forceinline__ static int warp() { return static_cast<int>(threadIdx.x) / kWarpLanes; }
+  __device__ __forceinline__ static int warp_n() { return warp() % kLogitsWarpsN; }
+
   const Arguments& a_;
 };
 

@@ -56,6 +56,13 @@ __device__ __forceinline__ void store_rounded(Element* out, const float4& x, flo
       make_uint2(pack(x.x * factor, x.y * factor, Element()), pack(x.z * factor, x.w * factor, Element()));
 }
 
+// What a product of scaled dz is multiplied by, and by what the result that was there: 1 / scale and 0.
+template <typename Element>
+__global__ void product_factors_kernel(const uint32_t* largest, float* factors) {
+  factors[0] = GradientScale<Element>(*largest).inverse;
+  factors[1] = 0.0f;
+}
+
 // out = in / scale in Element, for `count` (a multiple of 4) elements.
 template <typename Element>
 __global__ void __launch_bounds__(kRoundThreads)

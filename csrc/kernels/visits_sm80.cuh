@@ -7,8 +7,8 @@
 
 #include "kernels/copy_rows.cuh"
 #include "kernels/finish_logits.cuh"
-#include "kernels/gradient_products_sm80.cuh"
 #include "kernels/gradient_small.cuh"
+#include "kernels/store_block.cuh"
 #include "kernels/visit_mask.cuh"
 #include "kernels/visits_arguments.cuh"
 #include "kernels/visits_config.h"

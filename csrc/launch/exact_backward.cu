@@ -2,91 +2,127 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cmath>
+#include <type_traits>
 
 #include "kernels/gradient_epilogue.cuh"
-#include "kernels/gradient_products_sm80.cuh"
 #include "kernels/gradient_small.cuh"
 #include "kernels/visits_config.h"
+#include "launch/cublas.h"
+#include "launch/gradient_sm90.h"
 #include "launch/inputs.cuh"
 #include "launch/launch.h"
+#include "launch/logits_sm80.cuh"
 
 namespace cce {
+namespace {
+
+// dz of a chunk.
+template <typename Element>
+const char* launch_gradient(const LossInputs& in, const LogitsPlan& plan, const GradientArguments<Element>& a,
+                            void* stream) {
+#if CCE_HAS_SM90
+  if (plan.kernel == LogitsKernel::kSm90) return launch_gradient_sm90<Element>(in, plan, a, stream);
+#endif
+  const auto launch = a.threshold > 0 ? launch_logits_sm80<Element, GradientEpilogue<Element, true>>
+                                      : launch_logits_sm80<Element, GradientEpilogue<Element, false>>;
+  return launch(in, a.first_column, a.columns, plan, plan.schedule(in.n, a.columns), a, stream);
+}
+
+const uint32_t* largest_of(const LceBackwardParams& p) {
+  return &static_cast<const VisitControl*>(p.control)->largest;
+}
+
+template <typename Element>
+BlasMatrix matrix(const Rows<Element>& rows, int64_t d) {
+  // A single row's stride may be anything.
+  return {rows.data, rows.count == 1 ? d : rows.stride};
+}
+
+}  // namespace
 
 // Chunk by chunk of the vocabulary: dz, then its products with E and C.
 template <DType kDType>
 const char* launch_exact_backward(const LceBackwardParams& p, const ExactScratch& scratch,
-                                  const ExactPlan& plan, int device, void* stream) {
+                                  const ExactPlan& plan, const Blas& blas, int device, void* stream) {
   using Element = typename TypesOf<kDType>::Element;
-  using Epilogue = GradientEpilogue<Element>;
   if (p.in.n == 0) return nullptr;
-  const auto logits = logits_sm80_kernel<Element, Epilogue>;
-  const auto products = gradient_products_sm80_kernel<Element>;
   const auto on = static_cast<cudaStream_t>(stream);
-  cudaError_t error = cudaSetDevice(device);
-  if (error == cudaSuccess) error = allow_shared_memory(logits, plan.shared_bytes);
-  if (error == cudaSuccess) error = allow_shared_memory(products, plan.shared_bytes);
+  const cudaError_t error = cudaSetDevice(device);
   if (error != cudaSuccess) return error_text(error);
+  Cublas cublas(blas, kDType);
 
-  const uint32_t* largest = &static_cast<const VisitControl*>(p.control)->largest;
+  const uint32_t* largest = largest_of(p);
+  // bf16 has no scale; of fp16's only the device knows.
+  const bool scaled = std::is_same_v<Element, __half>;
+  if (scaled) product_factors_kernel<Element><<<1, 1, 0, on>>>(largest, scratch.factors);
+
   auto* dz = static_cast<Element*>(scratch.dz);
-  const int n = static_cast<int>(p.in.n), d = static_cast<int>(p.in.d);
+  const int64_t n = p.in.n, d = p.in.d;
+  const BlasMatrix matrix_dz = {dz, plan.chunk_columns};
   for (int64_t first = 0; first < p.in.v; first += plan.chunk_columns) {
-    const int columns = static_cast<int>(std::min(plan.chunk_columns, p.in.v - first));
-
-    const ForwardSchedule schedule = {static_cast<int>(ceil_div(n, kLogitsRows)),
-                                      static_cast<int>(ceil_div(columns, kLogitsColumns)),
-                                      static_cast<int>(ceil_div(columns, kLogitsColumns))};
-    LogitsOperands<Element> operands = {
-        rows_of_e<Element>(p.in), rows_of_c<Element>(p.in, first, columns), d, plan.stages, schedule, 0, 0};
-    operands.count();
-    typename Epilogue::Arguments a;
+    const int64_t columns = std::min(plan.chunk_columns, p.in.v - first);
+    GradientArguments<Element> a;
     a.bias = bias_from<Element>(p.in, first);
     a.bias_stride = p.in.bias_stride;
     a.softcap = softcap_of(p.in);
     a.rows = static_cast<const GradientRow*>(p.rows);
     a.largest = largest;
+    a.threshold = static_cast<float>(scratch.threshold);
+    a.log2_threshold = static_cast<float>(std::log2(scratch.threshold));
+    a.log2_rest = static_cast<float>(std::log2(1.0 - scratch.threshold));
     a.dz = dz;
     a.stride = plan.chunk_columns;
-    a.n = n;
+    a.n = static_cast<int>(n);
     a.first_column = static_cast<int>(first);
-    a.columns = columns;
-    logits<<<std::min(schedule.units(), plan.blocks), kLogitsThreads, plan.shared_bytes, on>>>(operands, a);
+    a.columns = static_cast<int>(columns);
+    if (const char* text = launch_gradient<Element>(p.in, plan.logits, a, stream)) return text;
 
-    GradientProductsArguments<Element> g;
-    g.e = rows_of_e<Element>(p.in);
-    g.c = rows_of_c<Element>(p.in, first, columns);
-    g.dz = {dz, plan.chunk_columns, n};
-    g.d = d;
-    g.stages = plan.stages;
-    g.largest = largest;
-    g.grad_c = p.grad_c == nullptr ? nullptr : static_cast<Element*>(p.grad_c) + first * d;
-    g.grad_e = static_cast<Element*>(p.grad_e);
-    g.sum_e = p.sum_e;
-    g.first_chunk = first == 0;
-    g.last_chunk = first + columns == p.in.v;
-    g.count_blocks();
-    if (g.blocks > 0) {
-      products<<<std::min(g.blocks, plan.blocks), kLogitsThreads, plan.shared_bytes, on>>>(g);
+    if (p.grad_c != nullptr) {
+      cublas.multiply_transposed(matrix_dz, matrix(rows_of_e<Element>(p.in), d), columns, d, n,
+                                 static_cast<Element*>(p.grad_c) + first * d,
+                                 scaled ? scratch.factors : nullptr);
     }
-
+    if (p.sum_e != nullptr) {
+      cublas.multiply(matrix_dz, matrix(rows_of_c<Element>(p.in, first, columns), d), n, d, columns, p.sum_e,
+                      first > 0);
+    }
     if (p.grad_bias != nullptr) {
       ColumnSumsArguments<Element> s;
       s.dz = dz;
       s.stride = plan.chunk_columns;
-      s.n = n;
-      s.columns = columns;
+      s.n = a.n;
+      s.columns = a.columns;
       s.largest = largest;
       s.out = static_cast<Element*>(p.grad_bias) + first;
       column_sums_kernel<<<static_cast<unsigned>(ceil_div(columns, kColumnSumsColumns)), kColumnSumsThreads,
                            0, on>>>(s);
     }
+    if (cublas.error() != nullptr) return cublas.error();
   }
   return error_text(cudaGetLastError());
 }
 
+template <DType kDType>
+const char* launch_round_gradient(const LceBackwardParams& p, int device, void* stream) {
+  using Element = typename TypesOf<kDType>::Element;
+  if (p.in.n == 0) return nullptr;
+  const cudaError_t error = cudaSetDevice(device);
+  if (error != cudaSuccess) return error_text(error);
+  const int64_t count = p.in.n * p.in.d;
+  constexpr int64_t kMostBlocks = 2048;
+  const int64_t blocks = std::min(ceil_div(count, kRoundThreads * 4), kMostBlocks);
+  round_gradient_kernel<Element>
+      <<<static_cast<unsigned>(blocks), kRoundThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+          p.sum_e, static_cast<Element*>(p.grad_e), count, largest_of(p));
+  return error_text(cudaGetLastError());
+}
+
 template const char* launch_exact_backward<DType::kFloat16>(const LceBackwardParams&, const ExactScratch&,
-                                                            const ExactPlan&, int, void*);
+                                                            const ExactPlan&, const Blas&, int, void*);
 template const char* launch_exact_backward<DType::kBFloat16>(const LceBackwardParams&, const ExactScratch&,
-                                                             const ExactPlan&, int, void*);
+                                                             const ExactPlan&, const Blas&, int, void*);
+template const char* launch_round_gradient<DType::kFloat16>(const LceBackwardParams&, int, void*);
+template const char* launch_round_gradient<DType::kBFloat16>(const LceBackwardParams&, int, void*);
 
 }  // namespace cce

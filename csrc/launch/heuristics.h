@@ -81,23 +81,29 @@ inline int ring_stages(const DeviceLimits& limits, int stage_bytes, int other_by
   return std::max(2, std::min(4, fit));
 }
 
-// ---- Forward ----
+// ---- The product E C^T, whatever its epilogue ----
 
-enum class ForwardKernel { kSm80, kSm90 };
+enum class LogitsKernel { kSm80, kSm90 };
 
-struct LceForwardPlan {
-  ForwardKernel kernel;
-  int cluster;                // blocks with neighbouring rows that share what they read of C
-  const char* kernel_reason;  // for both
-  ForwardSchedule schedule;   // of rows as many as a cluster's
+struct LogitsPlan {
+  LogitsKernel kernel;
+  int cluster;         // blocks with neighbouring rows that share what they read of C
+  const char* reason;  // for both
   int stages;
   int shared_bytes;
-  int blocks;
-  const char* reason;  // for the splits
-};
+  int slots;  // clusters that run at a time
 
-// Partial log-sum-exps may take 2 MB, or one run of columns a token.
-constexpr int64_t kMaxPartials = int64_t{1} << 19;
+  // For some of C's rows. A unit is one block; longer runs of columns are the forward's.
+  ForwardSchedule schedule(int64_t n, int64_t columns) const {
+    ForwardSchedule schedule{};
+    schedule.row_blocks = static_cast<int>(ceil_div(n, kLogitsRows * cluster));
+    schedule.column_blocks = static_cast<int>(ceil_div(columns, kLogitsColumns));
+    schedule.splits = schedule.column_blocks;
+    schedule.group = kScheduleGroup / cluster;
+    return schedule;
+  }
+  int blocks(const ForwardSchedule& schedule) const { return cluster * std::min(schedule.units(), slots); }
+};
 
 // Whether a tensor map describes rows as they lie: it knows no rows that overlap or lie 2^40 bytes apart. A
 // single row's stride is never used.
@@ -105,51 +111,63 @@ inline bool tensor_map_takes(int64_t rows, int64_t d, int64_t row_stride) {
   return rows <= 1 || (row_stride >= d && row_stride < (int64_t{1} << 39));
 }
 
-inline void choose_forward_kernel(LceForwardPlan& plan, const LossInputs& in, const DeviceLimits& limits) {
-  plan.kernel = ForwardKernel::kSm80;
+inline LogitsPlan plan_logits(const LossInputs& in, const DeviceLimits& limits) {
+  static_assert(LogitsSm90::kRows == kLogitsRows && LogitsSm90::kColumns == kLogitsColumns, "one schedule");
+  LogitsPlan plan{};
+  plan.kernel = LogitsKernel::kSm80;
   plan.cluster = 1;
   if (limits.major != 9 || limits.minor != 0) {
-    plan.kernel_reason = "mma.sync: the GPU is not of compute capability 9.0";
+    plan.reason = "mma.sync: the GPU is not of compute capability 9.0";
   } else if (!limits.has_sm90) {
-    plan.kernel_reason = "mma.sync: the build has no kernels for sm_90a, or CCE_KERNELS holds them back";
+    plan.reason = "mma.sync: the build has no kernels for sm_90a, or CCE_KERNELS holds them back";
   } else if (limits.shared_bytes < LogitsSm90Memory::kBytes) {
-    plan.kernel_reason = "mma.sync: a block may not have the shared memory that wgmma's ring takes";
+    plan.reason = "mma.sync: a block may not have the shared memory that wgmma's ring takes";
   } else if (!tensor_map_takes(in.n, in.d, in.e_row_stride) ||
              !tensor_map_takes(in.v, in.d, in.c_row_stride)) {
-    plan.kernel_reason = "mma.sync: the copy engine takes no rows that overlap";
+    plan.reason = "mma.sync: the copy engine takes no rows that overlap";
   } else {
-    plan.kernel = ForwardKernel::kSm90;
+    plan.kernel = LogitsKernel::kSm90;
     const bool pairs = in.n > LogitsSm90::kRows && limits.multiprocessors > 1;
     plan.cluster = pairs ? 2 : 1;
-    plan.kernel_reason = pairs ? "wgmma in pairs: two blocks of rows share what they read of C"
-                               : "wgmma: there is one block of rows";
+    plan.reason = pairs ? "wgmma in pairs: two blocks of rows share what they read of C"
+                        : "wgmma: there is one block of rows";
   }
-}
-
-inline LceForwardPlan plan_lce_forward(const LossInputs& in, const DeviceLimits& limits) {
-  LceForwardPlan plan{};
-  choose_forward_kernel(plan, in, limits);
-  if (plan.kernel == ForwardKernel::kSm90) {
+  if (plan.kernel == LogitsKernel::kSm90) {
     plan.stages = LogitsSm90::kStages;
     plan.shared_bytes = LogitsSm90Memory::kBytes;
   } else {
     plan.stages = ring_stages(limits, kLogitsStageBytes, kLogitsStateBytes);
     plan.shared_bytes = logits_shared_bytes(plan.stages);
   }
-  static_assert(LogitsSm90::kRows == kLogitsRows && LogitsSm90::kColumns == kLogitsColumns, "one schedule");
-  const int64_t n = in.n;
-  const int slots = limits.multiprocessors / plan.cluster;  // clusters that run at a time
-  plan.schedule.row_blocks = static_cast<int>(ceil_div(n, kLogitsRows * plan.cluster));
-  plan.schedule.column_blocks = static_cast<int>(ceil_div(in.v, kLogitsColumns));
-  plan.schedule.group = kScheduleGroup / plan.cluster;
-  const int64_t most = std::min<int64_t>(plan.schedule.column_blocks, std::max<int64_t>(1, kMaxPartials / n));
+  plan.slots = limits.multiprocessors / plan.cluster;
+  return plan;
+}
+
+// ---- Forward ----
+
+struct LceForwardPlan {
+  LogitsPlan logits;
+  ForwardSchedule schedule;  // of rows as many as a cluster's
+  int blocks;
+  const char* reason;  // for the splits
+};
+
+// Partial log-sum-exps may take 2 MB, or one run of columns a token.
+constexpr int64_t kMaxPartials = int64_t{1} << 19;
+
+inline LceForwardPlan plan_lce_forward(const LossInputs& in, const DeviceLimits& limits) {
+  LceForwardPlan plan{};
+  plan.logits = plan_logits(in, limits);
+  plan.schedule = plan.logits.schedule(in.n, in.v);
+  const int64_t most =
+      std::min<int64_t>(plan.schedule.column_blocks, std::max<int64_t>(1, kMaxPartials / in.n));
   // The time of a unit beside its columns, in column blocks: its row block's first stages come from further
   // away.
   constexpr double kUnitCost = 0.1;
   double least = 0;
   for (int splits = 1; splits <= most; ++splits) {
     const int64_t units = static_cast<int64_t>(plan.schedule.row_blocks) * splits;
-    const double waves = static_cast<double>(ceil_div(units, slots));
+    const double waves = static_cast<double>(ceil_div(units, plan.logits.slots));
     const double time =
         waves * (static_cast<double>(ceil_div(plan.schedule.column_blocks, splits)) + kUnitCost);
     if (splits == 1 || time < least) {
@@ -160,52 +178,53 @@ inline LceForwardPlan plan_lce_forward(const LossInputs& in, const DeviceLimits&
   plan.reason = plan.schedule.splits == most && most < plan.schedule.column_blocks
                     ? "as many runs of columns as 2 MB of partial sums hold"
                     : "the runs of columns that leave the last wave fullest";
-  plan.blocks = plan.cluster * std::min(plan.schedule.units(), slots);
+  plan.blocks = plan.logits.blocks(plan.schedule);
   return plan;
 }
 
-// ---- Exact backward ----
+// ---- Exact and threshold backward ----
 
 struct ExactPlan {
+  LogitsPlan logits;
   int64_t chunk_columns;  // a multiple of 256: columns of dz held at a time
   int chunks;
-  int stages;
-  int shared_bytes;
-  int blocks;
 };
 
-// dz of a chunk may take this, or a sixteenth of the gradients.
-constexpr int64_t kMinChunkBytes = int64_t{64} << 20;
+// At the peak there are the gradient of c, the sums of e's in fp32, dz of a chunk, and the workspace that
+// torch gives cuBLAS on Hopper, 32 MB; e's gradient itself comes when dz is gone. A chunk may be so wide that
+// all of it is a seventh more than the gradients; but this is left to it, since each chunk reads and writes
+// the sums once.
+constexpr int64_t kExactMinChunkBytes = int64_t{32} << 20;
+constexpr int64_t kExactShare = 7;
+constexpr int64_t kBlasWorkspaceBytes = int64_t{32} << 20;
 
-inline ExactPlan plan_exact(int64_t n, int64_t d, int64_t v, bool need_e, bool need_c,
-                            const DeviceLimits& limits) {
+inline ExactPlan plan_exact(const LossInputs& in, bool need_e, bool need_c, const DeviceLimits& limits) {
   ExactPlan plan{};
-  plan.stages = ring_stages(limits, kLogitsStageBytes, kLogitsStateBytes);
-  plan.shared_bytes = logits_shared_bytes(plan.stages);
-  plan.blocks = limits.multiprocessors;
-  const int64_t bytes = std::max(kMinChunkBytes, (n + v) * d * 2 / 10);
+  plan.logits = plan_logits(in, limits);
+  const int64_t bytes_e = need_e ? in.n * in.d * 2 : 0, bytes_c = need_c ? in.v * in.d * 2 : 0;
+  const int64_t bytes =
+      std::max(kExactMinChunkBytes, (bytes_e + bytes_c) / kExactShare - bytes_e - kBlasWorkspaceBytes);
   const int64_t most = std::max<int64_t>(
       kLogitsColumns,
-      std::min(round_up(v, kLogitsColumns), bytes / (2 * n) / kLogitsColumns * kLogitsColumns));
-  // A block's time in columns of depth, with what its epilogue costs beside.
-  constexpr double kLogitsCost = 100, kClassifierCost = 150, kEmbeddingCost = 300;
-  const int64_t grid = limits.multiprocessors;
-  const int64_t row_blocks = ceil_div(n, kLogitsRows), blocks_d = ceil_div(d, kLogitsColumns);
+      std::min(round_up(in.v, kLogitsColumns), bytes / (2 * in.n) / kLogitsColumns * kLogitsColumns));
+  // The widths are compared by the time of three products in blocks of 128 x 256, wave by wave, in columns of
+  // depth. Of cuBLAS's blocks this is a guess; a block of dE's also reads and writes its sums.
+  constexpr double kBlockCost = 150, kSumsCost = 600;
+  const int64_t rows = ceil_div(in.n, kLogitsRows), blocks_d = ceil_div(in.d, kLogitsColumns);
+  const auto waves = [](int64_t blocks, int at_a_time) {
+    return static_cast<double>(ceil_div(blocks, at_a_time));
+  };
+  const int grid = limits.multiprocessors;
   double least = 0;
   for (int64_t columns = kLogitsColumns; columns <= most; columns += kLogitsColumns) {
-    const int64_t chunks = ceil_div(v, columns);
-    const double logits = static_cast<double>(ceil_div(row_blocks * (columns / kLogitsColumns), grid)) *
-                          (static_cast<double>(d) + kLogitsCost);
-    const int64_t blocks_c = need_c ? columns / kLogitsRows * blocks_d : 0;
-    const int64_t blocks = blocks_c + (need_e ? row_blocks * blocks_d : 0);
-    double products = 0;
-    for (int64_t k = 0; k < std::min(grid, blocks); ++k) {
-      const auto of_c = static_cast<double>(k < blocks_c ? ceil_div(blocks_c - k, grid) : 0);
-      const auto all = static_cast<double>(ceil_div(blocks - k, grid));
-      products = std::max(products, of_c * (static_cast<double>(n) + kClassifierCost) +
-                                        (all - of_c) * (static_cast<double>(columns) + kEmbeddingCost));
+    const int64_t chunks = ceil_div(in.v, columns);
+    double time = waves(plan.logits.schedule(in.n, columns).units(), plan.logits.slots) *
+                  (static_cast<double>(in.d) + kBlockCost);
+    if (need_c) {
+      time += waves(columns / kLogitsRows * blocks_d, grid) * (static_cast<double>(in.n) + kBlockCost);
     }
-    const double time = static_cast<double>(chunks) * (logits + products);
+    if (need_e) time += waves(rows * blocks_d, grid) * (static_cast<double>(columns) + kSumsCost);
+    time *= static_cast<double>(chunks);
     if (plan.chunk_columns == 0 || time < least) {
       least = time;
       plan.chunk_columns = columns;
@@ -215,7 +234,7 @@ inline ExactPlan plan_exact(int64_t n, int64_t d, int64_t v, bool need_e, bool n
   return plan;
 }
 
-// ---- Sampled and threshold backward ----
+// ---- Sampled backward ----
 
 struct VisitsPlan {
   int64_t tiles;

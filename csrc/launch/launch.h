@@ -29,9 +29,14 @@ const char* launch_lce_forward(const LceForwardParams& params, const LceForwardP
 // The gradients' weights a token: what both backward launches below begin from.
 const char* launch_gradient_rows(const LceBackwardParams& params, int device, void* stream);
 
+// All but e's gradient, which is left in sum_e: launch_round_gradient brings it to grad_e, and need not exist
+// before.
 template <DType kDType>
 const char* launch_exact_backward(const LceBackwardParams& params, const ExactScratch& scratch,
-                                  const ExactPlan& plan, int device, void* stream);
+                                  const ExactPlan& plan, const Blas& blas, int device, void* stream);
+
+template <DType kDType>
+const char* launch_round_gradient(const LceBackwardParams& params, int device, void* stream);
 
 template <DType kDType>
 const char* launch_visits_backward(const LceBackwardParams& params, const VisitsScratch& scratch,
@@ -42,11 +47,13 @@ extern template const char* launch_lce_forward<DType::kFloat16>(const LceForward
 extern template const char* launch_lce_forward<DType::kBFloat16>(const LceForwardParams&,
                                                                  const LceForwardPlan&, int, void*);
 extern template const char* launch_exact_backward<DType::kFloat16>(const LceBackwardParams&,
-                                                                   const ExactScratch&, const ExactPlan&, int,
-                                                                   void*);
+                                                                   const ExactScratch&, const ExactPlan&,
+                                                                   const Blas&, int, void*);
 extern template const char* launch_exact_backward<DType::kBFloat16>(const LceBackwardParams&,
                                                                     const ExactScratch&, const ExactPlan&,
-                                                                    int, void*);
+                                                                    const Blas&, int, void*);
+extern template const char* launch_round_gradient<DType::kFloat16>(const LceBackwardParams&, int, void*);
+extern template const char* launch_round_gradient<DType::kBFloat16>(const LceBackwardParams&, int, void*);
 extern template const char* launch_visits_backward<DType::kFloat16>(const LceBackwardParams&,
                                                                     const VisitsScratch&, const VisitsPlan&,
                                                                     int, void*);

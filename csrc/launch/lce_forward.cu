@@ -6,37 +6,20 @@
 #include "launch/inputs.cuh"
 #include "launch/launch.h"
 #include "launch/lce_forward_sm90.h"
+#include "launch/logits_sm80.cuh"
 
 namespace cce {
 namespace {
-
-template <DType kDType>
-const char* launch_lse_sm80(const LceForwardParams& p, const LceForwardPlan& plan, void* stream) {
-  using Element = typename TypesOf<kDType>::Element;
-  using Epilogue = LseEpilogue<Element>;
-  const auto kernel = logits_sm80_kernel<Element, Epilogue>;
-  const cudaError_t error = allow_shared_memory(kernel, plan.shared_bytes);
-  if (error != cudaSuccess) return error_text(error);
-  LogitsOperands<Element> operands = {rows_of_e<Element>(p.in),
-                                      rows_of_c<Element>(p.in, 0, p.in.v),
-                                      static_cast<int>(p.in.d),
-                                      plan.stages,
-                                      plan.schedule,
-                                      0,
-                                      0};
-  operands.count();
-  kernel<<<plan.blocks, kLogitsThreads, plan.shared_bytes, static_cast<cudaStream_t>(stream)>>>(
-      operands, lse_arguments<Element>(p));
-  return error_text(cudaGetLastError());
-}
 
 // The log-sum-exps of each unit, and the tile map.
 template <DType kDType>
 const char* launch_lse(const LceForwardParams& p, const LceForwardPlan& plan, void* stream) {
 #if CCE_HAS_SM90
-  if (plan.kernel == ForwardKernel::kSm90) return launch_lse_sm90<kDType>(p, plan, stream);
+  if (plan.logits.kernel == LogitsKernel::kSm90) return launch_lse_sm90<kDType>(p, plan, stream);
 #endif
-  return launch_lse_sm80<kDType>(p, plan, stream);
+  using Element = typename TypesOf<kDType>::Element;
+  return launch_logits_sm80<Element, LseEpilogue<Element>>(p.in, 0, p.in.v, plan.logits, plan.schedule,
+                                                           lse_arguments<Element>(p), stream);
 }
 
 }  // namespace

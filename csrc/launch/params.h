@@ -51,11 +51,20 @@ struct LceBackwardParams {
   void* grad_e;      // [n, d] or null
   void* grad_c;      // [v, d] or null
   void* grad_bias;   // [v] or null
-  float* sum_e;      // scratch: [n, d] where grad_e is wanted
+  float* sum_e;      // scratch: [n, d] where e's gradient is wanted, else null
+};
+
+// cuBLAS as torch has loaded it: its handle, of the current device and stream, and its functions by their
+// names (null for one that it does not have).
+struct Blas {
+  void* handle;
+  void* (*function)(const char* name);
 };
 
 struct ExactScratch {
-  void* dz;  // [n, chunk columns] of e's dtype
+  void* dz;          // [n, chunk columns] of e's dtype
+  float* factors;    // [2]
+  double threshold;  // the least |p - onehot| for which a block is kept, or 0: all are
 };
 
 struct VisitsScratch {

@@ -5,24 +5,38 @@
 
 #include <cstdint>
 
+#include "launch/params.h"
 #include "ops/checks.h"
 
 namespace cce {
 
+// A function of libtorch_cuda or of a library that it is linked with, such as cuBLAS; null where there is
+// none. Looked for at run time, since a library that also serves a torch without CUDA cannot link it.
+inline void* torch_cuda_function(const char* name) {
+  static void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  return library == nullptr ? nullptr : dlsym(library, name);
+}
+
 // torch's current CUDA stream on a device, a cudaStream_t. The stable ABI has it as
-// getCurrentStream().nativeHandle() from target 2.13 on; for 2.10 it is a function of libtorch_cuda, which a
-// library that also serves a torch without CUDA cannot link.
+// getCurrentStream().nativeHandle() from target 2.13 on.
 inline void* current_cuda_stream(int32_t device) {
   using GetStream = AOTITorchError (*)(int32_t, void**);
-  static const GetStream get_stream = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return library ? reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"))
-                   : nullptr;
-  }();
+  static const auto get_stream =
+      reinterpret_cast<GetStream>(torch_cuda_function("aoti_torch_get_current_cuda_stream"));
   CCE_CHECK(get_stream != nullptr, "cce: this PyTorch has no CUDA support (libtorch_cuda.so is not loaded)");
   void* stream = nullptr;
   CCE_CHECK(get_stream(device, &stream) == 0, "cce: PyTorch gave no current stream for cuda:", device);
   return stream;
+}
+
+// torch's cuBLAS, for its current stream on the current device.
+inline Blas current_blas() {
+  using GetHandle = AOTITorchError (*)(void**);
+  static const auto get_handle =
+      reinterpret_cast<GetHandle>(torch_cuda_function("torch_get_current_cuda_blas_handle"));
+  void* handle = nullptr;
+  CCE_CHECK(get_handle != nullptr && get_handle(&handle) == 0, "cce: PyTorch gave no handle of cuBLAS");
+  return {handle, &torch_cuda_function};
 }
 
 // Makes a tensor's device the current one, for allocations and launches, and knows its current stream.

@@ -79,6 +79,11 @@ Tensor with_vector_rows(const Tensor& tensor) {
   return copy;
 }
 
+Tensor with_separate_rows(const Tensor& tensor) {
+  return tensor.size(0) <= 1 || tensor.stride(0) >= tensor.size(1) ? tensor
+                                                                   : torch::stable::contiguous(tensor);
+}
+
 LossInputs loss_inputs(DType dtype, const Tensor& e, const Tensor& c, const std::optional<Tensor>& bias,
                        const Tensor& targets, int64_t ignore_index, std::optional<double> softcap) {
   LossInputs in{};

@@ -24,6 +24,9 @@ torch::stable::Tensor with_contiguous_rows(const torch::stable::Tensor& tensor);
 // copy, padded with zeros, which change no product.
 torch::stable::Tensor with_vector_rows(const torch::stable::Tensor& tensor);
 
+// The same for rows that do not overlap, as an expanded tensor's do; else a copy.
+torch::stable::Tensor with_separate_rows(const torch::stable::Tensor& tensor);
+
 LossInputs loss_inputs(DType dtype, const torch::stable::Tensor& e, const torch::stable::Tensor& c,
                        const std::optional<torch::stable::Tensor>& bias, const torch::stable::Tensor& targets,
                        int64_t ignore_index, std::optional<double> softcap);

@@ -30,23 +30,40 @@ struct Sides {
 };
 
 LceBackwardParams only(LceBackwardParams params, const Sides& sides) {
-  if (!sides.e) params.grad_e = nullptr;
+  if (!sides.e) {
+    params.grad_e = nullptr;
+    params.sum_e = nullptr;
+  }
   if (!sides.c) params.grad_c = nullptr;
   if (!sides.bias) params.grad_bias = nullptr;
   return params;
 }
 
-void exact(LceBackwardParams params, const Tensor& e, const CudaScope& scope) {
-  const LossInputs& in = params.in;
-  const ExactPlan plan = plan_exact(in.n, in.d, in.v, params.grad_e != nullptr, params.grad_c != nullptr,
-                                    device_limits(scope.device()));
+// All but e's gradient, which is left in params.sum_e. threshold: the filter's, or 0 for none.
+void exact(LceBackwardParams params, double threshold, const Tensor& e_in, const Tensor& c_in,
+           const CudaScope& scope) {
+  // cuBLAS takes no rows that overlap.
+  const Tensor e = with_separate_rows(e_in), c = with_separate_rows(c_in);
+  LossInputs& in = params.in;
+  in.e = e.const_data_ptr();
+  in.c = c.const_data_ptr();
+  in.e_row_stride = e.stride(0);
+  in.c_row_stride = c.stride(0);
+  const ExactPlan plan =
+      plan_exact(in, params.sum_e != nullptr, params.grad_c != nullptr, device_limits(scope.device()));
   const Tensor dz = new_empty(e, {in.n, plan.chunk_columns});
-  const Tensor sum_e = new_empty(e, {params.grad_e == nullptr ? 0 : in.n, in.d}, ScalarType::Float);
-  params.sum_e = static_cast<float*>(sum_e.mutable_data_ptr());
-  const ExactScratch scratch = {dz.mutable_data_ptr()};
+  const Tensor factors = new_empty(e, {2}, ScalarType::Float);
+  const ExactScratch scratch = {dz.mutable_data_ptr(), static_cast<float*>(factors.mutable_data_ptr()),
+                                threshold};
   const auto launch = in.dtype == DType::kBFloat16 ? launch_exact_backward<DType::kBFloat16>
                                                    : launch_exact_backward<DType::kFloat16>;
-  check_launch(kOp, launch(params, scratch, plan, scope.device(), scope.stream()), e);
+  check_launch(kOp, launch(params, scratch, plan, current_blas(), scope.device(), scope.stream()), e);
+}
+
+void round_gradient(const LceBackwardParams& params, const Tensor& e, const CudaScope& scope) {
+  const auto launch = params.in.dtype == DType::kBFloat16 ? launch_round_gradient<DType::kBFloat16>
+                                                          : launch_round_gradient<DType::kFloat16>;
+  check_launch(kOp, launch(params, scope.device(), scope.stream()), e);
 }
 
 void visits(LceBackwardParams params, const Tensor& tile_map, const int64_t* seed, double eps,
@@ -108,13 +125,13 @@ std::tuple<Tensor, Tensor, Tensor> lce_backward(
   if (g_lse) check_tokens(*g_lse, "g_lse");
   check_tokens(nll_in, "nll");
   check_tokens(lse_in, "lse");
-  const bool sampled = method == "sampled", threshold = method == "threshold";
-  CCE_CHECK(sampled || threshold || method == "exact", kOp,
-            "method must be sampled, exact or threshold, but is ", method);
+  const bool sampled = method == "sampled", threshold = method == "threshold", exactly = method == "exact";
+  CCE_CHECK(sampled || threshold || exactly, kOp, "method must be sampled, exact or threshold, but is ",
+            method);
   CCE_CHECK(!sampled || (eps > 0 && eps <= 0.5), kOp,
             "eps of the sampled method must be in (0, 0.5], but is ", eps);
   CCE_CHECK(!threshold || (eps > 0 && eps < 1), kOp, "eps, the threshold, must be in (0, 1), but is ", eps);
-  if (sampled || threshold) {
+  if (sampled) {
     CCE_CHECK(tile_map_in.dim() == 2 && tile_map_in.size(0) == ceil_div(v, kTileColumns) &&
                   tile_map_in.size(1) == n && tile_map_in.scalar_type() == ScalarType::BFloat16,
               kOp, "tile_map must be bfloat16 [", ceil_div(v, kTileColumns), ", ", n, "], but is ",
@@ -134,7 +151,8 @@ std::tuple<Tensor, Tensor, Tensor> lce_backward(
     if (!needed) return new_empty(e, {0});
     return n == 0 ? torch::stable::new_zeros(e, shape) : new_empty(e, shape);
   };
-  const Tensor grad_e = gradient(need.e, {n, width});
+  // Of the exact pass e's gradient comes last: with it, the pass would need more memory.
+  Tensor grad_e = gradient(need.e && n == 0, {n, width});
   const Tensor grad_c = gradient(need.c, {v, width});
   const Tensor grad_bias = gradient(need.bias, {v});
 
@@ -158,17 +176,26 @@ std::tuple<Tensor, Tensor, Tensor> lce_backward(
     params.lse = static_cast<const float*>(lse.const_data_ptr());
     params.rows = rows.mutable_data_ptr();
     params.control = control.mutable_data_ptr();
-    params.grad_e = grad_e.mutable_data_ptr();
     params.grad_c = grad_c.mutable_data_ptr();
     params.grad_bias = grad_bias.mutable_data_ptr();
+    // The sampled method has its own way with e's sums.
+    const bool sums_e = need.e && (!sampled || !filter_e);
+    const Tensor sum_e = new_empty(e, {sums_e ? n : 0, width}, ScalarType::Float);
+    params.sum_e = sums_e ? static_cast<float*>(sum_e.mutable_data_ptr()) : nullptr;
     check_launch(kOp, launch_gradient_rows(params, scope.device(), scope.stream()), e);
     // A side that asks for its whole gradient takes it from a pass over every pair.
-    const bool visit_e = (sampled || threshold) && filter_e, visit_c = (sampled || threshold) && filter_c;
-    const Sides whole = {need.e && !visit_e, need.c && !visit_c, need.bias && !visit_c};
-    const Sides part = {need.e && visit_e, need.c && visit_c, need.bias && visit_c};
-    if (whole.any()) exact(only(params, whole), e, scope);
-    if (part.any()) {
-      const auto* drawn = sampled ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr;
+    const bool part_e = !exactly && filter_e, part_c = !exactly && filter_c;
+    const Sides whole = {need.e && !part_e, need.c && !part_c, need.bias && !part_c};
+    const Sides part = {need.e && part_e, need.c && part_c, need.bias && part_c};
+    if (whole.any()) exact(only(params, whole), 0.0, e, c, scope);
+    if (part.any() && threshold) exact(only(params, part), eps, e, c, scope);
+    if (need.e) {
+      grad_e = gradient(true, {n, width});
+      params.grad_e = grad_e.mutable_data_ptr();
+      if (!sampled || whole.e) round_gradient(params, e, scope);
+    }
+    if (part.any() && sampled) {
+      const auto* drawn = static_cast<const int64_t*>(seed->const_data_ptr());
       visits(only(params, part), tile_map, drawn, eps, e, scope);
     }
   }

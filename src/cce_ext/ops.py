@@ -222,7 +222,7 @@ def gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """cce::lce_backward of what a forward saved (its arguments from e to seed): e's, c's and bias's, where needed."""
     e = saved[0]
-    if e is not None and need[0] and options["filter_e"] and options["method"] != "exact":
+    if e is not None and need[0] and options["filter_e"] and options["method"] == "sampled":
         _check_determinism(e)
     found = torch.ops.cce.lce_backward(
         g_nll, g_lse, *saved, **options, need_e=need[0], need_c=need[1], need_bias=need[2]
@@ -235,9 +235,9 @@ def _check_determinism(e: Tensor) -> None:
     """The visits' kernel adds to dE in no order, and so do the index_add_ of the portable path on a GPU."""
     if e.is_cuda and torch.are_deterministic_algorithms_enabled():
         message = (
-            "cce_ext: on CUDA the sampled and the threshold gradient of e are sums in no fixed order, whose last bits "
-            "differ from run to run. With torch.use_deterministic_algorithms(True) use impl='cce_exact' or "
-            "filter_e_grad=False, which are deterministic"
+            "cce_ext: on CUDA the sampled gradient of e is a sum in no fixed order, whose last bits differ from run to "
+            "run. With torch.use_deterministic_algorithms(True) use impl='cce_exact' or filter_e_grad=False, which are "
+            "deterministic"
         )
         if not torch.is_deterministic_algorithms_warn_only_enabled():
             raise RuntimeError(message)

@@ -1,9 +1,14 @@
 // The C++ that runs without a GPU, as a Python module for pytest. Never part of the installed package.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
+#include <cstring>
+#include <optional>
+#include <string_view>
 
+#include "launch/cublas.h"
 #include "launch/heuristics.h"
 #include "launch/params.h"
 #include "tile/constants.h"
@@ -49,27 +54,37 @@ py::dict plan_lce_forward(int64_t n, int64_t v, int multiprocessors, int shared_
     units.append(py::make_tuple(unit.row_block, unit.first_column_block, unit.end_column_block, unit.split));
   }
   py::dict result;
-  result["kernel"] = plan.kernel == cce::ForwardKernel::kSm90 ? "sm90" : "sm80";
-  result["cluster"] = plan.cluster;
-  result["kernel_reason"] = plan.kernel_reason;
+  result["kernel"] = plan.logits.kernel == cce::LogitsKernel::kSm90 ? "sm90" : "sm80";
+  result["cluster"] = plan.logits.cluster;
+  result["kernel_reason"] = plan.logits.reason;
   result["row_blocks"] = plan.schedule.row_blocks;
   result["column_blocks"] = plan.schedule.column_blocks;
   result["splits"] = plan.schedule.splits;
   result["units"] = units;
-  result["stages"] = plan.stages;
-  result["shared_bytes"] = plan.shared_bytes;
+  result["stages"] = plan.logits.stages;
+  result["shared_bytes"] = plan.logits.shared_bytes;
   result["blocks"] = plan.blocks;
   result["reason"] = plan.reason;
   return result;
 }
 
 py::dict plan_exact(int64_t n, int64_t d, int64_t v, bool need_e, bool need_c, int multiprocessors,
-                    int shared_bytes) {
-  const cce::ExactPlan plan = cce::plan_exact(n, d, v, need_e, need_c, {multiprocessors, shared_bytes});
+                    int shared_bytes, int major, int minor, bool has_sm90) {
+  cce::LossInputs in{};
+  in.n = n;
+  in.d = in.e_row_stride = in.c_row_stride = d;
+  in.v = v;
+  const cce::ExactPlan plan =
+      cce::plan_exact(in, need_e, need_c, {multiprocessors, shared_bytes, major, minor, has_sm90});
+  const cce::ForwardSchedule schedule = plan.logits.schedule(n, plan.chunk_columns);
   py::dict result;
+  result["kernel"] = plan.logits.kernel == cce::LogitsKernel::kSm90 ? "sm90" : "sm80";
+  result["cluster"] = plan.logits.cluster;
   result["chunk_columns"] = plan.chunk_columns;
   result["chunks"] = plan.chunks;
-  result["shared_bytes"] = plan.shared_bytes;
+  result["shared_bytes"] = plan.logits.shared_bytes;
+  result["units"] = schedule.units();
+  result["blocks"] = plan.logits.blocks(schedule);
   return result;
 }
 
@@ -89,6 +104,101 @@ py::dict plan_visits(int64_t n, int64_t d, int64_t v, bool need_e, bool need_c, 
   result["first_borrowed"] = plan.first_borrowed;
   result["shared_bytes"] = plan.shared_bytes;
   return result;
+}
+
+// ---- cuBLAS, as its documentation has it: column-major, one call at a time ----
+
+struct FakeBlas {
+  int math_mode = 3, pointer_mode = 0;
+  int gemm_math_mode = -1;  // of the last call
+  int status = 0;           // what a call returns
+};
+
+float bf16(const void* data, int64_t index) {
+  const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(data)[index]) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+int fake_gemm(FakeBlas* blas, int op_a, int op_b, int64_t m, int64_t n, int64_t k, const float* alpha,
+              const void* a, int type_a, int64_t lda, const void* b, int type_b, int64_t ldb,
+              const float* beta, void* c, int type_c, int64_t ldc, int compute, int algorithm) {
+  blas->gemm_math_mode = blas->math_mode;
+  const bool sized = lda >= (op_a ? k : m) && ldb >= (op_b ? n : k) && ldc >= m;
+  if (!sized || type_a != 14 || type_b != 14 || compute != 68 || algorithm != -1) return 7;
+  for (int64_t j = 0; j < n; ++j) {
+    for (int64_t i = 0; i < m; ++i) {
+      float sum = 0;
+      for (int64_t l = 0; l < k; ++l) {
+        sum += bf16(a, op_a ? l + i * lda : i + l * lda) * bf16(b, op_b ? j + l * ldb : l + j * ldb);
+      }
+      if (type_c == 0) {
+        float& out = static_cast<float*>(c)[i + j * ldc];
+        out = *alpha * sum + (*beta == 0 ? 0.0f : *beta * out);
+      } else {
+        const float scaled = *alpha * sum;
+        uint32_t bits;
+        std::memcpy(&bits, &scaled, sizeof(bits));
+        static_cast<uint16_t*>(c)[i + j * ldc] = static_cast<uint16_t>(bits >> 16);
+      }
+    }
+  }
+  return blas->status;
+}
+
+int fake_get_math_mode(FakeBlas* blas, int* mode) { return *mode = blas->math_mode, 0; }
+int fake_set_math_mode(FakeBlas* blas, int mode) { return blas->math_mode = mode, 0; }
+int fake_set_pointer_mode(FakeBlas* blas, int mode) { return blas->pointer_mode = mode, 0; }
+const char* fake_status_text(int status) { return status == 7 ? "refused" : "failed"; }
+
+template <typename Function>
+void* address(Function* function) {
+  return reinterpret_cast<void*>(function);
+}
+
+void* fake_function(const char* name) {
+  const std::string_view wanted = name;
+  if (wanted == "cublasGemmEx_64") return address(fake_gemm);
+  if (wanted == "cublasGetMathMode") return address(fake_get_math_mode);
+  if (wanted == "cublasSetMathMode") return address(fake_set_math_mode);
+  if (wanted == "cublasSetPointerMode_v2") return address(fake_set_pointer_mode);
+  if (wanted == "cublasGetStatusString") return address(fake_status_text);
+  return nullptr;
+}
+
+using Bits = py::array_t<uint16_t>;  // of bf16
+
+cce::BlasMatrix blas_matrix(const Bits& x) { return {x.data(), x.strides(0) / 2}; }
+
+// One product of the exact backward: out in bf16 from a transposed, or out in fp32.
+py::dict blas_product(const Bits& a, const Bits& b, py::array out, std::optional<py::array_t<float>> factors,
+                      bool transposed, bool add, int status) {
+  FakeBlas blas;
+  blas.status = status;
+  py::dict result;
+  {
+    cce::Cublas cublas({&blas, fake_function}, cce::DType::kBFloat16);
+    if (transposed) {
+      cublas.multiply_transposed(blas_matrix(a), blas_matrix(b), a.shape(1), b.shape(1), a.shape(0),
+                                 out.mutable_data(), factors ? factors->data() : nullptr);
+    } else {
+      cublas.multiply(blas_matrix(a), blas_matrix(b), a.shape(0), b.shape(1), a.shape(1),
+                      static_cast<float*>(out.mutable_data()), add);
+    }
+    result["error"] =
+        cublas.error() == nullptr ? py::object(py::none()) : py::object(py::str(cublas.error()));
+  }
+  result["gemm_math_mode"] = blas.gemm_math_mode;
+  result["math_mode"] = blas.math_mode;
+  result["pointer_mode"] = blas.pointer_mode;
+  return result;
+}
+
+const char* error_without_cublas() {
+  FakeBlas blas;
+  const cce::Cublas cublas({&blas, [](const char*) -> void* { return nullptr; }}, cce::DType::kBFloat16);
+  return cublas.error();
 }
 
 }  // namespace
@@ -121,7 +231,12 @@ PYBIND11_MODULE(cce_host_tests, m) {
         py::arg("shared_bytes"), py::arg("major") = 8, py::arg("minor") = 0, py::arg("has_sm90") = false,
         py::arg("d") = 64, py::arg("e_row_stride") = 64, py::arg("c_row_stride") = 64);
   m.def("plan_exact", &plan_exact, py::arg("n"), py::arg("d"), py::arg("v"), py::arg("need_e"),
-        py::arg("need_c"), py::arg("multiprocessors"), py::arg("shared_bytes"));
+        py::arg("need_c"), py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("major") = 8,
+        py::arg("minor") = 0, py::arg("has_sm90") = false);
+  m.def("blas_product", &blas_product, py::arg("a"), py::arg("b"), py::arg("out"), py::kw_only(),
+        py::arg("factors") = py::none(), py::arg("transposed") = false, py::arg("add") = false,
+        py::arg("status") = 0);
+  m.def("error_without_cublas", &error_without_cublas);
   m.def("plan_visits", &plan_visits, py::arg("n"), py::arg("d"), py::arg("v"), py::arg("need_e"),
         py::arg("need_c"), py::arg("need_bias"), py::arg("row_bytes"), py::arg("multiprocessors"),
         py::arg("shared_bytes"));

@@ -1,0 +1,59 @@
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include "kernels/logits_sm90.cuh"
+#include "launch/heuristics.h"
+#include "launch/inputs.cuh"
+#include "launch/tensor_map.cuh"
+
+namespace cce {
+
+template <typename Element, typename Epilogue, int kCluster>
+const char* launch_logits_sm90_in_clusters(const LossInputs& in, int64_t first, int64_t columns,
+                                           const LogitsPlan& plan, const ForwardSchedule& schedule,
+                                           const typename Epilogue::Arguments& arguments, void* stream) {
+  const auto kernel = logits_sm90_kernel<Element, Epilogue, kCluster, kSm90CacheHints>;
+  cudaError_t error = allow_shared_memory(kernel, plan.shared_bytes);
+  if (error != cudaSuccess) return error_text(error);
+
+  const Rows<Element> e = rows_of_e<Element>(in), c = rows_of_c<Element>(in, first, columns);
+  LogitsSm90Operands operands{};
+  const char* refused = encode_rows<Element>(operands.e, e.data, e.count, in.d, e.stride, LogitsSm90::kRows);
+  if (refused == nullptr) {
+    refused = encode_rows<Element>(operands.c, c.data, c.count, in.d, c.stride,
+                                   LogitsSm90::kColumnsOfBlock<kCluster>);
+  }
+  if (refused != nullptr) return refused;
+  operands.schedule = schedule;
+  operands.units = schedule.units();
+  operands.steps = static_cast<int>(ceil_div(in.d, LogitsSm90::kDepth));
+
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = kCluster;
+  cluster.val.clusterDim.y = 1;
+  cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(plan.blocks(schedule)));
+  config.blockDim = dim3(LogitsSm90::kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(plan.shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &cluster;
+  config.numAttrs = kCluster > 1 ? 1 : 0;
+  error = cudaLaunchKernelEx(&config, kernel, operands, arguments);
+  return error_text(error);
+}
+
+// As launch_logits_sm80, by Hopper's kernel.
+template <typename Element, typename Epilogue>
+const char* launch_logits_sm90(const LossInputs& in, int64_t first, int64_t columns, const LogitsPlan& plan,
+                               const ForwardSchedule& schedule, const typename Epilogue::Arguments& arguments,
+                               void* stream) {
+  const auto launch = plan.cluster == 2 ? launch_logits_sm90_in_clusters<Element, Epilogue, 2>
+                                        : launch_logits_sm90_in_clusters<Element, Epilogue, 1>;
+  return launch(in, first, columns, plan, schedule, arguments, stream);
+}
+
+}  // namespace cce
