@@ -196,8 +196,8 @@ METHODS = {
     for m in (
         Method("mm", None, note="products only"),
         Method("cce", _ours("cce"), draws=True),
-        # The sampling eps against its cost: 2^-5 to 2^-9.
-        *(Method(f"cce_eps{k}", _ours("cce", 2.0**-k), draws=True, on_request=True) for k in range(5, 10)),
+        # The sampling eps against its cost: 2^-6 to 2^-11.
+        *(Method(f"cce_eps{k}", _ours("cce", 2.0**-k), draws=True, on_request=True) for k in range(6, 12)),
         Method("cce_exact", _ours("cce_exact")),
         Method("cce_threshold", _ours("cce_threshold")),
         Method("torch_compile", _ours("torch_compile"), compiled=True),
