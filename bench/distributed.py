@@ -36,7 +36,8 @@ from .timing import KINDS, Times, interleave, spread
 DEFAULT_SHAPES = {"cuda": ["gemma2", "8192,4096,262144"], "cpu": ["512,128,8192"]}
 VOCABULARIES, RANKS = (256000, 1 << 20), (2, 8, 64, 1024)
 # What the loss needs a token besides what grows with the width and the vocabulary: README.md, "Limits".
-TOKEN_BYTES = 8.8e3
+TOKEN_BYTES = 2.3e3
+LENT_FROM = 12  # rows of c a token from which dE's sums lie in dC
 
 
 class Together(LossStep):
@@ -194,7 +195,8 @@ def all_reduce_bytes(n: int, d: int, ranks: int) -> float:
 
 def memory_bytes(n: int, d: int, rows: int, ranks: int) -> float:
     """On a rank, in bf16: c and e with their gradients, dE's sum, the tile map, and the loss's own for tokens."""
-    return 4.0 * d * (rows + n) + 4.0 * d * n + n * (rows / 64 + rows / 512 + TOKEN_BYTES + 8.0 * ranks)
+    sums = 0.0 if rows >= LENT_FROM * n else 4.0 * d * n
+    return 4.0 * d * (rows + n) + sums + n * (rows / 64 + rows / 512 + TOKEN_BYTES + 8.0 * ranks)
 
 
 def predict(rows: list[report.Row], network: float | None, node: int) -> str:
