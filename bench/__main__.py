@@ -59,13 +59,6 @@ def positive_real(text: str) -> float:
     return value
 
 
-def shape(text: str) -> Shape:
-    try:
-        return shapes.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[Shape]]:
     """The options, and the shapes to measure."""
     names = ", ".join(f"{s.name} ({s.n}, {s.d}, {s.v})" for s in shapes.NAMED.values())
@@ -77,7 +70,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[Shape]]:
     )
     what = parser.add_argument_group("what to measure")
     what.add_argument(
-        "--shape", nargs="+", type=shape, metavar="SHAPE", help="names, or N,D,V (default: gemma2 on a GPU)"
+        "--shape", nargs="+", type=shapes.argument, metavar="SHAPE", help="names, or N,D,V (default: gemma2 on a GPU)"
     )
     what.add_argument(
         "--tokens", nargs="+", type=positive, metavar="N", help="in place of the shape's N, one after another"

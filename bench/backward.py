@@ -31,6 +31,8 @@ from .inputs import Problem, lm
 # Ends of the groups of ranks: eight times as many tiles from group to group.
 FIRST_GROUP, GROWTH = 4, 8
 
+DEFAULT_SHAPES = ("gemma2", "llama3")
+
 
 def timeline(p: Problem, eps: float) -> list[report.Row]:
     """Kernels of one step on the GPU: name, start, length and the gap before it, all in microseconds."""
@@ -145,7 +147,7 @@ def main() -> None:
         save_plot(result, args.out or args.file.with_suffix(".png"))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs="+", default=["gemma2", "llama3"])
+    parser.add_argument("--shape", type=shapes.argument, nargs="+", default=[shapes.NAMED[s] for s in DEFAULT_SHAPES])
     parser.add_argument("--eps", type=float, default=DEFAULT_SAMPLING_EPS)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--commit", help="for the results file, where there is no git to ask")
@@ -153,12 +155,8 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("PyTorch finds no GPU")
-    try:
-        todo = [shapes.parse(text) for text in args.shape]
-    except ValueError as error:
-        parser.error(f"--shape: {error}")
     rows = []
-    for shape in todo:
+    for shape in args.shape:
         p = lm(*shape[1:], dtype=torch.bfloat16, device="cuda")
         for name, part in (
             ("timeline", timeline(p, args.eps)),

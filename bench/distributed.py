@@ -239,7 +239,7 @@ def main() -> None:
     if sys.argv[1:2] == ["predict"]:
         return main_predict(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs="+", help="names of bench/shapes.py, or N,D,V")
+    parser.add_argument("--shape", type=shapes.argument, nargs="+", help="names of bench/shapes.py, or N,D,V")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--commit", help="for the results file, where there is no git to ask")
@@ -248,10 +248,7 @@ def main() -> None:
     if "LOCAL_RANK" not in os.environ:
         parser.error("run it by torchrun --nproc-per-node RANKS -m bench.distributed")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        todo = [shapes.parse(text) for text in args.shape or DEFAULT_SHAPES[device]]
-    except ValueError as error:
-        parser.error(f"--shape: {error}")
+    todo = args.shape or [shapes.parse(text) for text in DEFAULT_SHAPES[device]]
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo")

@@ -23,6 +23,8 @@ from .inputs import lm
 
 SPIN_CYCLES = 500_000
 
+DEFAULT_SHAPES = ("gemma2", "llama3", "qwen2.5", "mistral-nemo", "gpt2")
+
 
 def milliseconds(call: Callable[[], object], flush: torch.Tensor) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -69,7 +71,7 @@ def measure(shape: shapes.Shape, repeats: int, variant: str) -> dict[str, object
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs="+", default=["gemma2", "llama3", "qwen2.5", "mistral-nemo", "gpt2"])
+    parser.add_argument("--shape", type=shapes.argument, nargs="+", default=[shapes.NAMED[s] for s in DEFAULT_SHAPES])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--variant", default="as built", help="what the rows are called")
     parser.add_argument("--commit", help="for the results file, where there is no git to ask")
@@ -77,11 +79,7 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("PyTorch finds no GPU")
-    try:
-        todo = [shapes.parse(text) for text in args.shape]
-    except ValueError as error:
-        parser.error(f"--shape: {error}")
-    rows = [measure(shape, args.repeats, args.variant) for shape in todo]
+    rows = [measure(shape, args.repeats, args.variant) for shape in args.shape]
     for row in rows:
         print("{shape:<14} mm {mm_ms:.3f} ms, forward {runtime_ms:.3f} ms, x mm {x_mm:.3f}".format(**row), end="")
         print(" ({x_mm_min:.3f} to {x_mm_max:.3f})".format(**row))

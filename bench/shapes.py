@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from typing import NamedTuple
 
 
@@ -36,6 +37,14 @@ def parse(text: str) -> Shape:
     except ValueError:
         raise ValueError(f"expected N,D,V or one of {', '.join(NAMED)}, got {text!r}") from None
     return of(n, d, v)
+
+
+def argument(text: str) -> Shape:
+    """An argparse type: as parse."""
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def of(n: int, d: int, v: int) -> Shape:

@@ -235,17 +235,20 @@ def test_the_sampled_gradient_is_unbiased():
     """The mean's error falls as its own spread says, and stays within it."""
     p = peaked(24, 8, 1500)
     exact = oracle(p, *upstream(p))[2]
-    for draws, expected in zip(sampled(p, 80, filter_eps=2.0**-3), exact, strict=True):
+    for draws, expected in zip(sampled(p, 240, filter_eps=2.0**-3), exact, strict=True):
         noise = (draws - draws.mean(0)).square().sum().div(len(draws) - 1).sqrt().item()
         bias = (draws.mean(0) - expected).norm().item()
         assert noise > 0.02 * expected.norm()
-        assert bias < 1.5 * noise / len(draws) ** 0.5
+        # A few directions have most of the noise, so that the mean's error is not always near its expectation.
+        assert bias < 2 * noise / len(draws) ** 0.5
 
 
-def flat(n: int, v: int) -> Problem:
-    """C = 0: every p is 1/V, and c's gradient has only the visited tiles. All labels are in the first one."""
+def spiked(n: int, v: int) -> Problem:
+    """All of the probability is one column's of each tile, the same in each. All labels are in the first tile."""
     p = peaked(n, 8, v)
-    return replace(p, c=torch.zeros_like(p.c), targets=p.targets % 100)
+    c = torch.full_like(p.c, -8.0)
+    c[::128] = 0.0
+    return replace(p, e=torch.ones_like(p.e), c=c, targets=p.targets % 100)
 
 
 def all_differ(d_c: torch.Tensor) -> int:
@@ -260,7 +263,7 @@ def all_differ(d_c: torch.Tensor) -> int:
 
 def test_ranks_draw_of_their_own(ranks):
     """Shards that are alike, ranks that are seeded alike. A token's visits are the group's, not each rank's."""
-    p = flat(3, 16384 * ranks)
+    p = spiked(3, 16384 * ranks)
     options = VocabParallelOptions.from_vocab(len(p.c))
     assert all_differ(run(p, options, upstream(p), filter_eps=2.0**-4)[2][1]) < 1.4 * 3 * 15
 
@@ -511,7 +514,7 @@ def test_other_mistakes_of_dtensors(mesh, mesh_2d, ranks):
 
 def test_ranks_of_other_tokens_draw_of_their_own(mesh):
     """The same tokens on all ranks, seeded alike."""
-    p = flat(3, 4096)
+    p = spiked(3, 4096)
     e, targets = (DTensor.from_local(x, mesh, [S(0)]) for x in (p.e, p.targets))
     c = distribute_tensor(p.c, mesh, [R]).requires_grad_()
     (d_c,) = torch.autograd.grad(linear_cross_entropy(e, c, targets, filter_eps=2.0**-4), c)
