@@ -86,7 +86,7 @@ _TESTED = (
 )
 
 # Options of linear_cross_entropy that are not the caller's to choose.
-_FROM_THE_MODEL = ("ignore_index", "softcap", "shift", "return_lse")
+_FROM_THE_MODEL = ("ignore_index", "softcap", "shift", "return_lse", "vocab_parallel_options", "mean_group")
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
