@@ -35,17 +35,19 @@ __device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t x, int lane) {
   return x;
 }
 
-// A warp takes a cell of 128 tokens by 32 tiles: see tile/sampling.h.
-__global__ void __launch_bounds__(kMaskThreads)
+// A warp takes a cell of 128 tokens by 32 tiles: see tile/sampling.h. The grid is a line of blocks, tokens
+// before tiles: its other dimensions end at 65535.
+static __global__ void __launch_bounds__(kMaskThreads)
     visit_mask_kernel(const __grid_constant__ VisitMaskArguments a) {
   constexpr int kWords = kChainTokens / kMaskBits;
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
-  const int block =
-      static_cast<int>(blockIdx.x) * (kMaskThreads / kWarpLanes) + static_cast<int>(threadIdx.x) / kWarpLanes;
+  const unsigned token_blocks = static_cast<unsigned>(a.n + kMaskTokens - 1) / kMaskTokens;
+  const int block = static_cast<int>(blockIdx.x % token_blocks) * (kMaskThreads / kWarpLanes) +
+                    static_cast<int>(threadIdx.x) / kWarpLanes;
   const int first = block * kChainTokens;
   if (first >= a.n) return;
   const int64_t seed = *a.seed;
-  const int begin = static_cast<int>(blockIdx.y) * kChainTiles;
+  const int begin = static_cast<int>(blockIdx.x / token_blocks) * kChainTiles;
   const int end = min(begin + kChainTiles, a.tiles);
   // A lane's tokens are 32 apart, so that a ballot is a word.
   bool live[kWords];

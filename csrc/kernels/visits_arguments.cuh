@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "kernels/logits_sm80.cuh"
+#include "kernels/visit_queue.cuh"
 #include "kernels/visits_config.h"
 #include "tile/gradient_row.cuh"
 #include "tile/softcap.cuh"
@@ -24,9 +25,7 @@ struct VisitsArguments {
   const __nv_bfloat16* tile_map;  // [tiles, n]
   const uint32_t* mask;           // [tiles, mask_words(n)]
   const uint32_t* counts;         // [tiles]
-  const VisitItem* items;
-  VisitControl* control;
-  uint32_t* pending;   // items of each stage that are not done
+  VisitQueueArguments queue;
   float log_rate;      // log(1/eps - 1)
   Element* dz;         // the ring: [buffers, 128], scaled
   int* tokens;         // the ring: whose dz it is
@@ -42,8 +41,7 @@ struct VisitsShared {
   float4 rows[kVisitRows];                             // weight of p, b, lse2, label's column in the tile
   int tokens[kVisitRows];                              // -1 past the item's last
   uint32_t scan[kVisitThreads / kWarpLanes];
-  VisitItem item;
-  bool more;
+  VisitQueueShared queue;
 };
 
 }  // namespace cce

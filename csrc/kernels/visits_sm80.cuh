@@ -12,7 +12,6 @@
 #include "kernels/visit_mask.cuh"
 #include "kernels/visits_arguments.cuh"
 #include "kernels/visits_config.h"
-#include "ptx/ordering.cuh"
 #include "ptx/reduce.cuh"
 #include "tile/block_scan.cuh"
 #include "tile/gradient_row.cuh"
@@ -35,25 +34,24 @@ class Visits {
       : a_(a),
         shared_(*reinterpret_cast<Shared*>(shared + a.stages * kVisitStageBytes)),
         ring_(shared_address(shared)),
-        scale_(a.control->largest),
+        scale_(a.queue.control->largest),
         thread_(static_cast<int>(threadIdx.x)),
         lane_(thread_ % kWarpLanes),
         first_m_(thread_ / kWarpLanes / kVisitWarpsN * (kVisitRows / kVisitWarpsM)),
         first_n_(thread_ / kWarpLanes % kVisitWarpsN * (kTileColumns / kVisitWarpsN)) {}
 
   __device__ __forceinline__ void run() {
-    const uint32_t items = a_.control->items;
-    while (take(items)) {
-      const VisitItem item = shared_.item;
+    VisitQueue queue(a_.queue, shared_.queue);
+    while (queue.take()) {
+      const VisitItem item = queue.item();
       if (item.work == VisitWork::kClassifier) {
         classifier_rows(item);
       } else if (item.work == VisitWork::kRound) {
-        round_rows(static_cast<int>(item.part) * kRoundRows);
+        round_rows(tokens_of(item, a_.e.count));
       } else {
         visit_rows(item);
       }
-      __syncthreads();
-      if (thread_ == 0) finish(item);
+      queue.finish();
     }
   }
 
@@ -62,28 +60,6 @@ class Visits {
   using Logits = WarpProduct<Element, 4, 4, Major::kK, Major::kK>;
   using Embeddings = WarpProduct<Element, 4, 4, Major::kK, Major::kMN>;
   using Classifier = WarpProduct<Element, 4, 4, Major::kMN, Major::kMN>;
-
-  // Takes the next item and waits for those it needs: blocks that run hold all of them, so that this ends.
-  __device__ __forceinline__ bool take(uint32_t items) {
-    if (thread_ == 0) {
-      const uint32_t index = atomicAdd(&a_.control->taken, 1u);
-      shared_.more = index < items;
-      if (index < items) {
-        shared_.item = a_.items[index];
-        for (const int stage : shared_.item.needs) {
-          while (stage != kNoStage && ptx::load_acquire(a_.pending + stage) != 0) __nanosleep(100);
-        }
-      }
-    }
-    __syncthreads();
-    return shared_.more;
-  }
-
-  __device__ __forceinline__ void finish(const VisitItem& item) {
-    constexpr uint32_t kOneLess = ~0u;
-    ptx::add_release(a_.pending + item.stage, kOneLess);
-    if (item.work == VisitWork::kVisits) ptx::add_release(a_.pending + kStageOfE, kOneLess);
-  }
 
   // ---- dz and dE ----
 
@@ -99,7 +75,7 @@ class Visits {
       e_rows[p] = a_.e.data + max(token, 0) * a_.e.stride + Lane::column();
     }
     const int depth_steps = (a_.d + kDepth - 1) / kDepth;
-    const int slices = item.work == VisitWork::kVisitsOfC ? 0 : (a_.d + kVisitSlice - 1) / kVisitSlice;
+    const int slices = adds_to_e(item.work) ? (a_.d + kVisitSlice - 1) / kVisitSlice : 0;
     const int m_tiles = min(max((count - first_m_ + 15) / 16, 0), 4);
 
     int sent = 0;
@@ -156,7 +132,7 @@ class Visits {
     uint32_t mine = 0;
     for (int w = first; w < end; ++w) mine += __popc(mask[w]);
     uint32_t total;
-    const int first_rank = static_cast<int>(item.part) * kVisitRows;
+    const int first_rank = static_cast<int>(visits_of(item, 0xffffffffu).begin);
     int rank = static_cast<int>(block_exclusive_sum<kVisitThreads>(mine, shared_.scan, total)) - first_rank;
     for (int w = first; w < end && rank < kVisitRows; ++w) {
       for (uint32_t bits = mask[w]; bits != 0; bits &= bits - 1, ++rank) {
@@ -177,7 +153,7 @@ class Visits {
           weight /= probability_of_visit(map, a_.nll[token], a_.log_rate);
         }
         row = make_float4(weight, g.b, g.lse2, __int_as_float(own ? g.label % kTileColumns : -1));
-        if (item.work != VisitWork::kVisitsOfE) a_.tokens[item.first_row + first_rank + thread_] = token;
+        if (leaves_dz(item.work)) a_.tokens[item.first_row + first_rank + thread_] = token;
       } else {
         shared_.tokens[thread_] = -1;
       }
@@ -218,7 +194,7 @@ class Visits {
       }
     }
     __syncthreads();
-    if (item.work != VisitWork::kVisitsOfE) {
+    if (leaves_dz(item.work)) {
       Element* out = a_.dz + (static_cast<int64_t>(item.first_row) + item.part * kVisitRows) * kTileColumns;
       for (int index = thread_; index < count * (kTileColumns / kChunkElements); index += kVisitThreads) {
         const int m = index / (kTileColumns / kChunkElements);
@@ -263,9 +239,8 @@ class Visits {
   __device__ __forceinline__ void classifier_rows(const VisitItem& item) {
     const int count = static_cast<int>(a_.counts[item.tile]);
     const int slices = (a_.d + kVisitSlice - 1) / kVisitSlice;
-    const int each = slices_per_item(count, slices);
-    const int first = static_cast<int>(item.part) * each;
-    const int end = min(first + each, slices);
+    const VisitRange range = slices_of(item, a_.counts[item.tile], slices);
+    const int first = static_cast<int>(range.begin), end = static_cast<int>(range.end);
     if (first == 0 && a_.grad_bias != nullptr) sum_bias(item, count);
     if (a_.grad_c == nullptr) return;
 
@@ -349,9 +324,8 @@ class Visits {
 
   // ---- dE from its sums ----
 
-  __device__ __forceinline__ void round_rows(int first) {
-    const int64_t begin = static_cast<int64_t>(first) * a_.d;
-    const int64_t end = static_cast<int64_t>(min(first + kRoundRows, a_.e.count)) * a_.d;
+  __device__ __forceinline__ void round_rows(const VisitRange& tokens) {
+    const int64_t begin = tokens.begin * a_.d, end = tokens.end * a_.d;
     for (int64_t i = begin + thread_ * 4; i < end; i += kVisitThreads * 4) {
       // From L2, where the sums were made.
       const float4 x = __ldcg(reinterpret_cast<const float4*>(a_.sum_e + i));

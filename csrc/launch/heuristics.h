@@ -6,6 +6,7 @@
 #include "kernels/label_logits_config.h"
 #include "kernels/logits_sm80_config.h"
 #include "kernels/logits_sm90_config.h"
+#include "kernels/visit_plan.h"
 #include "kernels/visits_config.h"
 #include "launch/params.h"
 #include "tile/constants.h"
@@ -74,6 +75,11 @@ struct DeviceLimits {
 
 inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 inline int64_t round_up(int64_t x, int64_t y) { return ceil_div(x, y) * y; }
+
+// Shared memory that a block may have on the smallest GPUs that the kernels serve (compute capability 8.6,
+// 8.9 and 12.0).
+constexpr int kLeastSharedBytes = 99 * 1024;
+static_assert(logits_shared_bytes(2) <= kLeastSharedBytes, "two stages of the product fit every GPU");
 
 // Stages of a cp.async ring that fit beside `other_bytes`: 4 hide the latency of memory, 2 are the least.
 inline int ring_stages(const DeviceLimits& limits, int stage_bytes, int other_bytes) {
@@ -188,6 +194,7 @@ struct ExactPlan {
   LogitsPlan logits;
   int64_t chunk_columns;  // a multiple of 256: columns of dz held at a time
   int chunks;
+  int live_product_stages;
 };
 
 // At the peak there are the gradient of c, the sums of e's in fp32, dz of a chunk, and the workspace that
@@ -201,6 +208,7 @@ constexpr int64_t kBlasWorkspaceBytes = int64_t{32} << 20;
 inline ExactPlan plan_exact(const LossInputs& in, bool need_e, bool need_c, const DeviceLimits& limits) {
   ExactPlan plan{};
   plan.logits = plan_logits(in, limits);
+  plan.live_product_stages = ring_stages(limits, kVisitStageBytes, 0);
   const int64_t bytes_e = need_e ? in.n * in.d * 2 : 0, bytes_c = need_c ? in.v * in.d * 2 : 0;
   const int64_t bytes =
       std::max(kExactMinChunkBytes, (bytes_e + bytes_c) / kExactShare - bytes_e - kBlasWorkspaceBytes);
@@ -237,43 +245,19 @@ inline ExactPlan plan_exact(const LossInputs& in, bool need_e, bool need_c, cons
 // ---- Sampled backward ----
 
 struct VisitsPlan {
-  int64_t tiles;
-  int words;         // of a tile's bits
-  int slices;        // of D, for items of dC; 0 where neither dC nor dbias is wanted
-  int64_t capacity;  // rows of dz in a chunk
-  int64_t buffer;    // rows of one of the ring's buffers
-  int64_t chunks;    // at most
-  int64_t items;     // at most
-  // dE's sums, 4 bytes each, lie in dC from this element on, whose tiles from the first borrowed one are
-  // written last; none are borrowed if that is `tiles`.
-  int64_t sums_begin;
-  int64_t first_borrowed;
+  VisitLayout layout;
+  int words;  // of a tile's bits
   int stages;
   int shared_bytes;
   int blocks;
+  int64_t wait_milliseconds = -1;  // after which a wait gives up; -1: never
 };
-
-// A chunk holds so many visits a token: an item for each multiprocessor at 8192 tokens.
-constexpr int64_t kChunkVisitsPerToken = 2;
-// dE's sums are borrowed from dC where they take one row in so many of it, whose logits are computed twice.
-constexpr int64_t kLeastLenders = 6;
 
 inline VisitsPlan plan_visits(int64_t n, int64_t d, int64_t v, bool need_e, bool need_c, bool need_bias,
                               int row_bytes, const DeviceLimits& limits) {
   VisitsPlan plan{};
-  plan.tiles = ceil_div(v, kTileColumns);
+  plan.layout = visit_layout(n, d, v, need_e, need_c, need_bias);
   plan.words = mask_words(static_cast<int>(n));
-  plan.slices = need_c || need_bias ? static_cast<int>(ceil_div(d, kVisitSlice)) : 0;
-  plan.capacity = kChunkVisitsPerToken * n;
-  plan.buffer = plan.capacity + n;
-  plan.chunks = plan.tiles * n / plan.capacity + 2;
-  plan.first_borrowed = plan.tiles;
-  if (need_e && need_c && 2 * n * kLeastLenders <= v) {
-    plan.sums_begin = (v - 2 * n) * d;
-    plan.first_borrowed = (v - 2 * n) / kTileColumns;
-  }
-  plan.items = (2 * plan.tiles - plan.first_borrowed) * ceil_div(n, kVisitRows) + plan.tiles * plan.slices +
-               (need_e ? ceil_div(n, kRoundRows) : 0);
   plan.stages = ring_stages(limits, kVisitStageBytes, row_bytes);
   plan.shared_bytes = plan.stages * kVisitStageBytes + row_bytes;
   plan.blocks = limits.multiprocessors;

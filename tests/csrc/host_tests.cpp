@@ -3,10 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <string>
 #include <string_view>
+#include <vector>
 
 #include "launch/cublas.h"
 #include "launch/heuristics.h"
@@ -14,6 +17,7 @@
 #include "tile/constants.h"
 #include "tile/exp2.h"
 #include "tile/sampling.h"
+#include "visit_execution.h"
 
 namespace py = pybind11;
 
@@ -92,18 +96,70 @@ py::dict plan_visits(int64_t n, int64_t d, int64_t v, bool need_e, bool need_c, 
                      int multiprocessors, int shared_bytes) {
   const cce::VisitsPlan plan =
       cce::plan_visits(n, d, v, need_e, need_c, need_bias, row_bytes, {multiprocessors, shared_bytes});
+  const cce::VisitLayout& layout = plan.layout;
   py::dict result;
-  result["tiles"] = plan.tiles;
+  result["tiles"] = layout.tiles;
   result["words"] = plan.words;
-  result["slices"] = plan.slices;
-  result["capacity"] = plan.capacity;
-  result["buffer"] = plan.buffer;
-  result["chunks"] = plan.chunks;
-  result["items"] = plan.items;
-  result["sums_begin"] = plan.sums_begin;
-  result["first_borrowed"] = plan.first_borrowed;
+  result["slices"] = layout.slices;
+  result["capacity"] = layout.capacity;
+  result["buffer"] = layout.buffer;
+  result["max_chunks"] = layout.max_chunks;
+  result["max_items"] = layout.max_items;
+  result["sums_begin"] = layout.sums_begin;
+  result["first_borrowed"] = layout.first_borrowed;
   result["shared_bytes"] = plan.shared_bytes;
   return result;
+}
+
+// ---- The visits' plan and its execution; an item is a row of VISIT_ITEM_FIELDS numbers ----
+
+using Numbers = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
+using Counts = py::array_t<uint32_t, py::array::c_style | py::array::forcecast>;
+constexpr int kItemFields = 7;
+
+cce::VisitLayout visit_layout(const std::array<int64_t, 3>& shape, const std::array<bool, 3>& needs) {
+  return cce::visit_layout(shape[0], shape[1], shape[2], needs[0], needs[1], needs[2]);
+}
+
+std::vector<uint32_t> vector_of(const Counts& counts) {
+  return {counts.data(), counts.data() + counts.size()};
+}
+
+// The items and the number of items of each gate.
+py::tuple plan_visit_items(const std::array<int64_t, 3>& shape, const std::array<bool, 3>& needs,
+                           const Counts& counts, int threads) {
+  const cce_tests::VisitPlan plan =
+      cce_tests::make_visit_plan(visit_layout(shape, needs), vector_of(counts), threads);
+  Numbers items({static_cast<py::ssize_t>(plan.items.size()), static_cast<py::ssize_t>(kItemFields)});
+  int64_t* to = items.mutable_data();
+  for (const cce::VisitItem& item : plan.items) {
+    for (const int64_t field :
+         {int64_t{item.tile}, static_cast<int64_t>(item.work), int64_t{item.part}, int64_t{item.first_row},
+          int64_t{item.gate}, int64_t{item.needs[0]}, int64_t{item.needs[1]}}) {
+      *to++ = field;
+    }
+  }
+  return py::make_tuple(items, Counts(static_cast<py::ssize_t>(plan.pending.size()), plan.pending.data()));
+}
+
+// Executes such items; empty, or what went wrong first.
+std::string execute_visit_items(const std::array<int64_t, 3>& shape, const std::array<bool, 3>& needs,
+                                const Counts& counts, const Numbers& items, const Counts& pending,
+                                cce_tests::Adversary adversary, int blocks, uint64_t seed) {
+  cce_tests::VisitPlan plan{visit_layout(shape, needs), vector_of(counts), {}, vector_of(pending)};
+  for (py::ssize_t k = 0; k < items.shape(0); ++k) {
+    const int64_t* from = items.data(k, 0);
+    cce::VisitItem item;
+    item.tile = static_cast<int>(from[0]);
+    item.work = static_cast<cce::VisitWork>(from[1]);
+    item.part = static_cast<uint32_t>(from[2]) & 0x1fffffffu;
+    item.first_row = static_cast<uint32_t>(from[3]);
+    item.gate = static_cast<int>(from[4]);
+    item.needs[0] = static_cast<int>(from[5]);
+    item.needs[1] = static_cast<int>(from[6]);
+    plan.items.push_back(item);
+  }
+  return cce_tests::VisitExecution(plan).run(adversary, blocks, seed);
 }
 
 // ---- cuBLAS, as its documentation has it: column-major, one call at a time ----
@@ -240,6 +296,20 @@ PYBIND11_MODULE(cce_host_tests, m) {
   m.def("plan_visits", &plan_visits, py::arg("n"), py::arg("d"), py::arg("v"), py::arg("need_e"),
         py::arg("need_c"), py::arg("need_bias"), py::arg("row_bytes"), py::arg("multiprocessors"),
         py::arg("shared_bytes"));
+  py::enum_<cce_tests::Adversary>(m, "Adversary")
+      .value("random", cce_tests::Adversary::kRandom)
+      .value("oldest", cce_tests::Adversary::kOldest)
+      .value("newest", cce_tests::Adversary::kNewest)
+      .value("victim", cce_tests::Adversary::kVictim);
+  m.attr("VISIT_ITEM_FIELDS") = py::make_tuple("tile", "work", "part", "first_row", "gate", "need", "need2");
+  m.attr("VISIT_WORKS") = py::make_tuple("visits", "visits_of_c", "visits_of_e", "classifier", "round");
+  m.attr("kGateOfE") = cce::kGateOfE;
+  m.attr("kGateOfRounding") = cce::kGateOfRounding;
+  m.attr("kNoGate") = cce::kNoGate;
+  m.def("plan_visit_items", &plan_visit_items, py::arg("shape"), py::arg("needs"), py::arg("counts"),
+        py::arg("threads") = 1);
+  m.def("execute_visit_items", &execute_visit_items, py::arg("shape"), py::arg("needs"), py::arg("counts"),
+        py::arg("items"), py::arg("pending"), py::arg("adversary"), py::arg("blocks"), py::arg("seed"));
   m.def("swizzled_offset", &cce::swizzled_offset, py::arg("row"), py::arg("chunk"));
   m.def("mask_words", &cce::mask_words, py::arg("n"));
   m.def("slices_per_item", &cce::slices_per_item, py::arg("visits"), py::arg("slices"));

@@ -1,0 +1,161 @@
+#pragma once
+
+#include <cstdint>
+
+#include "tile/constants.h"
+#include "tile/host_device.h"
+
+// The sampled backward as a list of items of work: what each of them reads, writes and waits for. The kernel
+// takes its addresses and its waits from here, and tests/test_visit_order.py executes items on the CPU in
+// adversarial orders by the same functions.
+namespace cce {
+
+// Visiting tokens that one item takes to a vocab tile.
+constexpr int kVisitRows = 128;
+// Columns of D that a slice of an item's second product has.
+constexpr int kVisitSlice = 128;
+// Stages of 64 visits and one slice that an item of dC should have, so that its start and end do not show.
+constexpr int kVisitItemStages = 48;
+// Tokens of an item that rounds dE.
+constexpr int kRoundRows = 64;
+// Buffers of the ring that the chunks' dz take in turns. With three the dz of a chunk is done while that of
+// the next is computed, before its dC is wanted.
+constexpr int kVisitBuffers = 3;
+// A chunk holds so many visits a token: an item for each multiprocessor at 8192 tokens.
+constexpr int kChunkVisitsPerToken = 2;
+// dE's sums are borrowed from dC where they take one row in so many of it, whose logits are computed twice.
+constexpr int kLeastLenders = 6;
+
+enum class VisitWork : uint32_t {
+  kVisits,      // the part-th kVisitRows of the tile's visits: their dz for dC, and their dE
+  kVisitsOfC,   // the same without their dE
+  kVisitsOfE,   // the same for dE only
+  kClassifier,  // the tile's dC, in the part-th slices_per_item() of D
+  kRound,       // dE of the part-th kRoundRows tokens, from its sums
+};
+
+// Whether the item adds its visits' part to the sums of dE.
+CCE_HOST_DEVICE constexpr bool adds_to_e(VisitWork work) {
+  return work == VisitWork::kVisits || work == VisitWork::kVisitsOfE;
+}
+// Whether the item leaves its visits' dz in the ring, for the tile's items of dC.
+CCE_HOST_DEVICE constexpr bool leaves_dz(VisitWork work) {
+  return work == VisitWork::kVisits || work == VisitWork::kVisitsOfC;
+}
+
+// ---- Gates: a gate opens when all items that belong to it are done ----
+
+constexpr int kNoGate = -1;
+constexpr int kGateOfE = 0;         // all that adds to dE's sums
+constexpr int kGateOfRounding = 1;  // all that reads them
+// Chunk k of the visits has two gates, its dz and its dC.
+CCE_HOST_DEVICE constexpr int gate_of_dz(int chunk) { return 2 + 2 * chunk; }
+CCE_HOST_DEVICE constexpr int gate_of_dc(int chunk) { return 3 + 2 * chunk; }
+
+struct VisitItem {
+  int tile;
+  VisitWork work : 3;
+  uint32_t part : 29;
+  uint32_t first_row;  // of the tile's dz in the ring
+  int gate;            // it belongs to; what adds to dE belongs to kGateOfE as well
+  int needs[2];        // gates that must be open before it begins, or kNoGate
+};
+
+// The second gate that the item belongs to, or kNoGate.
+CCE_HOST_DEVICE constexpr int second_gate(const VisitItem& item) {
+  return adds_to_e(item.work) && item.gate != kGateOfE ? kGateOfE : kNoGate;
+}
+
+// ---- How the work lies in memory: a pure function of the shape and of what is wanted ----
+
+struct VisitLayout {
+  int n, v, d;
+  int tiles;
+  int slices;  // of D, for items of dC; 0 where neither dC nor dbias is wanted
+  bool need_e;
+  // Tiles from here on lend their rows of dC to dE's sums (fp32, [n, d]), which begin at element `sums_begin`
+  // of dC; `tiles`: none do.
+  int first_borrowed;
+  int64_t sums_begin;
+  uint32_t capacity;  // rows of dz after which a new chunk begins: no tile has more
+  uint32_t buffer;    // rows of one of the ring's buffers: a chunk's last tile may go beyond its capacity
+  int64_t max_chunks, max_items;
+
+  CCE_HOST_DEVICE bool borrows() const { return first_borrowed < tiles; }
+  CCE_HOST_DEVICE int64_t ring_rows() const {
+    return slices == 0 ? 0 : kVisitBuffers * static_cast<int64_t>(buffer);
+  }
+  CCE_HOST_DEVICE int64_t max_gates() const { return 2 + 2 * max_chunks; }
+};
+
+inline VisitLayout visit_layout(int64_t n, int64_t d, int64_t v, bool need_e, bool need_c, bool need_bias) {
+  const auto ceil_div = [](int64_t x, int64_t y) { return (x + y - 1) / y; };
+  VisitLayout layout{};
+  layout.n = static_cast<int>(n);
+  layout.v = static_cast<int>(v);
+  layout.d = static_cast<int>(d);
+  const int64_t tiles = ceil_div(v, kTileColumns);
+  layout.tiles = static_cast<int>(tiles);
+  layout.slices = need_c || need_bias ? static_cast<int>(ceil_div(d, kVisitSlice)) : 0;
+  layout.need_e = need_e;
+  layout.first_borrowed = layout.tiles;
+  // Two rows of dC, in 16 bits, hold the sums of one token.
+  if (need_e && need_c && 2 * n * kLeastLenders <= v) {
+    layout.sums_begin = (v - 2 * n) * d;
+    layout.first_borrowed = static_cast<int>((v - 2 * n) / kTileColumns);
+  }
+  layout.capacity = static_cast<uint32_t>(kChunkVisitsPerToken * n);
+  layout.buffer = layout.capacity + static_cast<uint32_t>(n);
+  // The tiles that lend begin a chunk of their own.
+  layout.max_chunks = tiles * n / layout.capacity + 2;
+  layout.max_items = (2 * tiles - layout.first_borrowed) * ceil_div(n, kVisitRows) + tiles * layout.slices +
+                     (need_e ? ceil_div(n, kRoundRows) : 0);
+  return layout;
+}
+
+// ---- What an item touches; `visits` is the number of its tile's visits ----
+
+struct VisitRange {
+  int64_t begin, end;
+};
+
+CCE_HOST_DEVICE constexpr VisitRange visit_range(int64_t begin, int64_t size, int64_t end) {
+  return {begin < end ? begin : end, begin + size < end ? begin + size : end};
+}
+
+// An item of dz: its visits, counted within the tile; with leaves_dz() it writes the ring's rows
+// item.first_row + these.
+CCE_HOST_DEVICE constexpr VisitRange visits_of(const VisitItem& item, uint32_t visits) {
+  return visit_range(static_cast<int64_t>(item.part) * kVisitRows, kVisitRows, visits);
+}
+
+// Slices in each of a tile's items of dC.
+CCE_HOST_DEVICE constexpr int slices_per_item(uint32_t visits, int slices) {
+  const uint32_t stages = visits <= 64 ? 1 : (visits + 63) / 64;
+  const int most = static_cast<int>(kVisitItemStages / stages);
+  return most < 1 ? 1 : most < slices ? most : slices;
+}
+
+// An item of dC: its slices of D. It reads the ring's rows item.first_row + [0, visits) and writes these
+// slices of the tile's rows of dC; the one with slice 0 also writes dbias.
+CCE_HOST_DEVICE constexpr VisitRange slices_of(const VisitItem& item, uint32_t visits, int slices) {
+  const int64_t each = slices_per_item(visits, slices);
+  return visit_range(item.part * each, each, slices);
+}
+
+// An item of rounding: the tokens whose sums it reads and whose dE it writes.
+CCE_HOST_DEVICE constexpr VisitRange tokens_of(const VisitItem& item, int n) {
+  return visit_range(static_cast<int64_t>(item.part) * kRoundRows, kRoundRows, n);
+}
+
+// How many items a tile has of each kind.
+CCE_HOST_DEVICE constexpr uint32_t items_of_dz(uint32_t visits) {
+  return (visits + kVisitRows - 1) / kVisitRows;
+}
+CCE_HOST_DEVICE constexpr uint32_t items_of_dc(uint32_t visits, int slices) {
+  if (slices == 0) return 0;
+  const uint32_t each = static_cast<uint32_t>(slices_per_item(visits, slices));
+  return (static_cast<uint32_t>(slices) + each - 1) / each;
+}
+
+}  // namespace cce
