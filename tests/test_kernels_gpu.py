@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -523,7 +525,46 @@ def test_another_device_than_the_current(impl):
             expected = loss.item() if expected is None else expected
             assert loss.item() == expected
             if impl == "cce_exact":
-                assert error(grads[0], oracle(p, *(x / 200 for x in (torch.ones(200, device=device),) * 2))[2][0]) > 0
+                ups = torch.full((200,), 1 / 200, device=device), torch.zeros(200, device=device)
+                assert error(grads[0], oracle(p, *ups)[2][0]) < 1e-2
+
+
+def test_a_device_that_is_not_there_is_named_and_forgotten():
+    """CUDA keeps an error until it is asked for: the next launch must not report this one as its own."""
+    with pytest.raises(RuntimeError, match=r"cce::device_info: CUDA failed on cuda:99: invalid device ordinal$"):
+        ops.device_info(99)
+    check(problem(30, 8, 300))
+    info = json.loads(ops.device_info(torch.cuda.current_device()))
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    assert info["multiprocessors"] == properties.multi_processor_count
+    assert tuple(info["compute_capability"]) == (properties.major, properties.minor)
+
+
+# Every pair is visited, in more chunks of work than there are buffers, so that blocks must wait for each other.
+WAITING = """
+import torch, cce_ext
+e, c = torch.zeros(300, 64, device="cuda").bfloat16(), torch.zeros(20000, 64, device="cuda").bfloat16()
+t = torch.zeros(300, device="cuda").long()
+nll, lse, tiles = torch.ops.cce.lce_forward(e, c, None, t, None)
+seed = torch.zeros(1, device="cuda").long()
+torch.ops.cce.lce_backward(nll, None, e, c, None, t, nll, lse, torch.full_like(tiles, 50.0), seed)
+torch.cuda.synchronize()
+print("done")
+"""
+
+
+@pytest.mark.parametrize("milliseconds", [0, 20000])
+def test_the_watchdog_says_what_a_block_waits_for(milliseconds):
+    environment = os.environ | {"CCE_DEBUG": "1", "CCE_WATCHDOG_MS": str(milliseconds)}
+    done = subprocess.run([sys.executable, "-c", WAITING], env=environment, capture_output=True, text=True)
+    if milliseconds:
+        assert done.stdout == "done\n", done.stderr
+    else:
+        assert re.search(
+            r"lce_backward: CUDA failed on cuda:0: the watchdog of CCE_DEBUG=1 stopped the visits: item \d+ "
+            r"\(work \d, tile \d+, part \d+, gate \d+\) waits for gate \d+, which \d+ items keep shut",
+            done.stderr,
+        ), done.stderr
 
 
 @pytest.mark.parametrize(

@@ -18,14 +18,15 @@ __device__ __forceinline__ GradientRow gradient_row(const GradientArguments<Elem
 }
 
 // Writes the gradient of the logits of one of a warp's rows, in tiles [first, first + kTiles), 16 bytes a
-// lane. label: its column, counted from the lane's first; out: the place of tile 0 in the row; keep: else
-// zeros.
+// lane. label: its column, counted from the lane's first; out: the place of tile 0 in the row.
 template <int kTiles, bool kSoftcap, typename Element, typename Product>
 __device__ __forceinline__ void write_gradient(const Product& product, int i, int half, int first,
                                                const GradientRow& g, int label, bool inside, Element* out,
                                                const GradientArguments<Element>& a) {
   const GradientScale<Element> scale(*a.largest);
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
+  // A token that does not count is masked: its logits may be NaN, and 0 times that is NaN.
+  const uint32_t live = g.live() ? ~0u : 0u;
   static_assert(kTiles % 4 == 0, "a quad transposes four tiles at a time");
 #pragma unroll
   for (int j = first; j < first + kTiles; j += 4) {
@@ -41,7 +42,7 @@ __device__ __forceinline__ void write_gradient(const Product& product, int i, in
         if constexpr (kSoftcap) dz[side] *= a.softcap.slope(z);
         dz[side] *= scale.factor;
       }
-      packed[k] = pack(dz[0], dz[1], Element());
+      packed[k] = pack(dz[0], dz[1], Element()) & live;
     }
     transpose_quad(packed, lane);
     // Lane q of a quad now has the eight columns of tile j + q.

@@ -27,7 +27,8 @@ struct GradientRowsArguments {
 
 // The gradients of nll and lse as the weights a and b of each token. What flows into an ignored token may be
 // anything, NaN as well: it is masked, not multiplied.
-__global__ void __launch_bounds__(kGradientRowsThreads) gradient_rows_kernel(GradientRowsArguments args) {
+static __global__ void __launch_bounds__(kGradientRowsThreads)
+    gradient_rows_kernel(GradientRowsArguments args) {
   const int i = static_cast<int>(blockIdx.x) * kGradientRowsThreads + static_cast<int>(threadIdx.x);
   float magnitude = 0.0f;
   if (i < args.n) {

@@ -20,7 +20,7 @@ struct LseFinishArguments {
 };
 
 // Joins the partial log-sum-exps of each token, in their order. An ignored token's loss and lse are 0.
-__global__ void __launch_bounds__(kLseFinishThreads) lse_finish_kernel(LseFinishArguments a) {
+static __global__ void __launch_bounds__(kLseFinishThreads) lse_finish_kernel(LseFinishArguments a) {
   const int row = static_cast<int>(blockIdx.x) * kLseFinishThreads + static_cast<int>(threadIdx.x);
   if (row >= a.n) return;
   MaxSum total = MaxSum::none();

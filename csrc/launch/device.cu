@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "launch/inputs.cuh"
 #include "launch/launch.h"
 
 namespace cce {
@@ -19,14 +20,34 @@ bool sm90_kernels_held_back() {
 
 }  // namespace
 
-DeviceLimits device_limits(int device) {
-  DeviceLimits limits = {1, 99 * 1024};
-  cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  cudaDeviceGetAttribute(&limits.major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&limits.minor, cudaDevAttrComputeCapabilityMinor, device);
+LaunchError find_device_limits(int device, DeviceLimits& limits) {
+  struct {
+    int* value;
+    cudaDeviceAttr attribute;
+  } const wanted[] = {
+      {&limits.multiprocessors, cudaDevAttrMultiProcessorCount},
+      {&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin},
+      {&limits.major, cudaDevAttrComputeCapabilityMajor},
+      {&limits.minor, cudaDevAttrComputeCapabilityMinor},
+  };
+  for (const auto& [value, attribute] : wanted) {
+    const cudaError_t error = cudaDeviceGetAttribute(value, attribute, device);
+    if (error != cudaSuccess) {
+      // Else the next launch would report it as its own.
+      cudaGetLastError();
+      return cuda_error(error);
+    }
+  }
   limits.has_sm90 = CCE_HAS_SM90 && !sm90_kernels_held_back();
-  return limits;
+  return {};
+}
+
+int64_t watchdog_milliseconds() {
+  const char* debug = std::getenv("CCE_DEBUG");
+  if (debug == nullptr || std::strcmp(debug, "1") != 0) return -1;
+  const char* limit = std::getenv("CCE_WATCHDOG_MS");
+  constexpr int64_t kDefault = 20'000;
+  return limit == nullptr ? kDefault : std::strtoll(limit, nullptr, 10);
 }
 
 }  // namespace cce

@@ -3,11 +3,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <type_traits>
 
 #include "kernels/gradient_epilogue.cuh"
 #include "kernels/gradient_small.cuh"
-#include "kernels/visits_config.h"
+#include "kernels/live_product_sm80.cuh"
 #include "launch/cublas.h"
 #include "launch/gradient_sm90.h"
 #include "launch/inputs.cuh"
@@ -19,7 +20,7 @@ namespace {
 
 // dz of a chunk.
 template <typename Element>
-const char* launch_gradient(const LossInputs& in, const LogitsPlan& plan, const GradientArguments<Element>& a,
+LaunchError launch_gradient(const LossInputs& in, const LogitsPlan& plan, const GradientArguments<Element>& a,
                             void* stream) {
 #if CCE_HAS_SM90
   if (plan.kernel == LogitsKernel::kSm90) return launch_gradient_sm90<Element>(in, plan, a, stream);
@@ -29,8 +30,28 @@ const char* launch_gradient(const LossInputs& in, const LogitsPlan& plan, const 
   return launch(in, a.first_column, a.columns, plan, plan.schedule(in.n, a.columns), a, stream);
 }
 
-const uint32_t* largest_of(const LceBackwardParams& p) {
-  return &static_cast<const VisitControl*>(p.control)->largest;
+VisitControl* control_of(const LceBackwardParams& p) { return static_cast<VisitControl*>(p.control); }
+
+template <typename Element>
+void find_stray_rows(const LceBackwardParams& p, cudaStream_t stream) {
+  StrayRowsArguments<Element> a;
+  a.e = rows_of_e<Element>(p.in);
+  a.rows = static_cast<const GradientRow*>(p.rows);
+  a.d = static_cast<int>(p.in.d);
+  a.control = control_of(p);
+  const auto blocks = static_cast<unsigned>(ceil_div(p.in.n, kStrayRowsThreads / kWarpLanes));
+  stray_rows_kernel<Element><<<blocks, kStrayRowsThreads, 0, stream>>>(a);
+}
+
+template <typename Element>
+LaunchError launch_live_product(const LiveProductArguments<Element>& a, cudaStream_t stream) {
+  const auto kernel = live_product_kernel<Element>;
+  const int shared_bytes = a.stages * kVisitStageBytes;
+  const cudaError_t error = allow_shared_memory(kernel, shared_bytes);
+  if (error != cudaSuccess) return cuda_error(error);
+  const int64_t blocks = ceil_div(a.columns, kTileColumns) * ceil_div(a.d, kVisitSlice);
+  kernel<<<static_cast<unsigned>(blocks), kVisitThreads, static_cast<size_t>(shared_bytes), stream>>>(a);
+  return cuda_error(cudaGetLastError());
 }
 
 template <typename Element>
@@ -43,20 +64,23 @@ BlasMatrix matrix(const Rows<Element>& rows, int64_t d) {
 
 // Chunk by chunk of the vocabulary: dz, then its products with E and C.
 template <DType kDType>
-const char* launch_exact_backward(const LceBackwardParams& p, const ExactScratch& scratch,
-                                  const ExactPlan& plan, const Blas& blas, int device, void* stream) {
+LaunchError launch_exact_backward(const LceBackwardParams& p, const ExactScratch& scratch,
+                                  const ExactPlan& plan, const std::optional<Blas>& blas, int device,
+                                  void* stream) {
   using Element = typename TypesOf<kDType>::Element;
-  if (p.in.n == 0) return nullptr;
+  if (p.in.n == 0) return {};
   const auto on = static_cast<cudaStream_t>(stream);
   const cudaError_t error = cudaSetDevice(device);
-  if (error != cudaSuccess) return error_text(error);
-  Cublas cublas(blas, kDType);
+  if (error != cudaSuccess) return cuda_error(error);
+  std::optional<Cublas> cublas;
+  if (blas) cublas.emplace(*blas, kDType);
 
-  const uint32_t* largest = largest_of(p);
+  const uint32_t* largest = &control_of(p)->largest;
   // bf16 has no scale; of fp16's only the device knows.
   const bool scaled = std::is_same_v<Element, __half>;
   if (scaled) product_factors_kernel<Element><<<1, 1, 0, on>>>(largest, scratch.factors);
 
+  if (p.grad_c != nullptr) find_stray_rows<Element>(p, on);
   auto* dz = static_cast<Element*>(scratch.dz);
   const int64_t n = p.in.n, d = p.in.d;
   const BlasMatrix matrix_dz = {dz, plan.chunk_columns};
@@ -76,16 +100,28 @@ const char* launch_exact_backward(const LceBackwardParams& p, const ExactScratch
     a.n = static_cast<int>(n);
     a.first_column = static_cast<int>(first);
     a.columns = static_cast<int>(columns);
-    if (const char* text = launch_gradient<Element>(p.in, plan.logits, a, stream)) return text;
+    if (const LaunchError failed = launch_gradient<Element>(p.in, plan.logits, a, stream)) return failed;
 
     if (p.grad_c != nullptr) {
-      cublas.multiply_transposed(matrix_dz, matrix(rows_of_e<Element>(p.in), d), columns, d, n,
-                                 static_cast<Element*>(p.grad_c) + first * d,
-                                 scaled ? scratch.factors : nullptr);
+      cublas->multiply_transposed(matrix_dz, matrix(rows_of_e<Element>(p.in), d), columns, d, n,
+                                  static_cast<Element*>(p.grad_c) + first * d,
+                                  scaled ? scratch.factors : nullptr);
+      LiveProductArguments<Element> l;
+      l.dz = dz;
+      l.stride = plan.chunk_columns;
+      l.e = rows_of_e<Element>(p.in);
+      l.rows = a.rows;
+      l.control = control_of(p);
+      l.d = static_cast<int>(d);
+      l.columns = a.columns;
+      l.stages = plan.live_product_stages;
+      l.out = static_cast<Element*>(p.grad_c) + first * d;
+      const LaunchError failed = launch_live_product(l, on);
+      if (failed) return failed;
     }
     if (p.sum_e != nullptr) {
-      cublas.multiply(matrix_dz, matrix(rows_of_c<Element>(p.in, first, columns), d), n, d, columns, p.sum_e,
-                      first > 0);
+      cublas->multiply(matrix_dz, matrix(rows_of_c<Element>(p.in, first, columns), d), n, d, columns, p.sum_e,
+                       first > 0);
     }
     if (p.grad_bias != nullptr) {
       ColumnSumsArguments<Element> s;
@@ -98,31 +134,33 @@ const char* launch_exact_backward(const LceBackwardParams& p, const ExactScratch
       column_sums_kernel<<<static_cast<unsigned>(ceil_div(columns, kColumnSumsColumns)), kColumnSumsThreads,
                            0, on>>>(s);
     }
-    if (cublas.error() != nullptr) return cublas.error();
+    if (cublas && cublas->error() != nullptr) return {"cuBLAS", cublas->error()};
   }
-  return error_text(cudaGetLastError());
+  return cuda_error(cudaGetLastError());
 }
 
 template <DType kDType>
-const char* launch_round_gradient(const LceBackwardParams& p, int device, void* stream) {
+LaunchError launch_round_gradient(const LceBackwardParams& p, int device, void* stream) {
   using Element = typename TypesOf<kDType>::Element;
-  if (p.in.n == 0) return nullptr;
+  if (p.in.n == 0) return {};
   const cudaError_t error = cudaSetDevice(device);
-  if (error != cudaSuccess) return error_text(error);
+  if (error != cudaSuccess) return cuda_error(error);
   const int64_t count = p.in.n * p.in.d;
   constexpr int64_t kMostBlocks = 2048;
   const int64_t blocks = std::min(ceil_div(count, kRoundThreads * 4), kMostBlocks);
   round_gradient_kernel<Element>
       <<<static_cast<unsigned>(blocks), kRoundThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-          p.sum_e, static_cast<Element*>(p.grad_e), count, largest_of(p));
-  return error_text(cudaGetLastError());
+          p.sum_e, static_cast<Element*>(p.grad_e), count, &control_of(p)->largest);
+  return cuda_error(cudaGetLastError());
 }
 
-template const char* launch_exact_backward<DType::kFloat16>(const LceBackwardParams&, const ExactScratch&,
-                                                            const ExactPlan&, const Blas&, int, void*);
-template const char* launch_exact_backward<DType::kBFloat16>(const LceBackwardParams&, const ExactScratch&,
-                                                             const ExactPlan&, const Blas&, int, void*);
-template const char* launch_round_gradient<DType::kFloat16>(const LceBackwardParams&, int, void*);
-template const char* launch_round_gradient<DType::kBFloat16>(const LceBackwardParams&, int, void*);
+template LaunchError launch_exact_backward<DType::kFloat16>(const LceBackwardParams&, const ExactScratch&,
+                                                            const ExactPlan&, const std::optional<Blas>&, int,
+                                                            void*);
+template LaunchError launch_exact_backward<DType::kBFloat16>(const LceBackwardParams&, const ExactScratch&,
+                                                             const ExactPlan&, const std::optional<Blas>&,
+                                                             int, void*);
+template LaunchError launch_round_gradient<DType::kFloat16>(const LceBackwardParams&, int, void*);
+template LaunchError launch_round_gradient<DType::kBFloat16>(const LceBackwardParams&, int, void*);
 
 }  // namespace cce

@@ -2,19 +2,19 @@
 #include <cuda_runtime.h>
 
 #include "kernels/gradient_rows.cuh"
-#include "kernels/visits_config.h"
+#include "kernels/visit_plan.h"
 #include "launch/inputs.cuh"
 #include "launch/launch.h"
 
 namespace cce {
 
-const char* launch_gradient_rows(const LceBackwardParams& p, int device, void* stream) {
-  if (p.in.n == 0) return nullptr;
+LaunchError launch_gradient_rows(const LceBackwardParams& p, int device, void* stream) {
+  if (p.in.n == 0) return {};
   const auto on = static_cast<cudaStream_t>(stream);
   auto* control = static_cast<VisitControl*>(p.control);
   cudaError_t error = cudaSetDevice(device);
   if (error == cudaSuccess) error = cudaMemsetAsync(control, 0, sizeof(VisitControl), on);
-  if (error != cudaSuccess) return error_text(error);
+  if (error != cudaSuccess) return cuda_error(error);
   GradientRowsArguments a;
   a.g_nll = p.g_nll;
   a.g_lse = p.g_lse;
@@ -30,7 +30,7 @@ const char* launch_gradient_rows(const LceBackwardParams& p, int device, void* s
   a.v = p.in.v;
   const auto blocks = static_cast<unsigned>(ceil_div(p.in.n, kGradientRowsThreads));
   gradient_rows_kernel<<<blocks, kGradientRowsThreads, 0, on>>>(a);
-  return error_text(cudaGetLastError());
+  return cuda_error(cudaGetLastError());
 }
 
 }  // namespace cce

@@ -5,16 +5,16 @@
 namespace cce {
 
 template <typename Element>
-const char* launch_gradient_sm90(const LossInputs& in, const LogitsPlan& plan,
+LaunchError launch_gradient_sm90(const LossInputs& in, const LogitsPlan& plan,
                                  const GradientArguments<Element>& a, void* stream) {
   const auto launch = a.threshold > 0 ? launch_logits_sm90<Element, GradientEpilogueSm90<Element, true>>
                                       : launch_logits_sm90<Element, GradientEpilogueSm90<Element, false>>;
   return launch(in, a.first_column, a.columns, plan, plan.schedule(in.n, a.columns), a, stream);
 }
 
-template const char* launch_gradient_sm90<__half>(const LossInputs&, const LogitsPlan&,
+template LaunchError launch_gradient_sm90<__half>(const LossInputs&, const LogitsPlan&,
                                                   const GradientArguments<__half>&, void*);
-template const char* launch_gradient_sm90<__nv_bfloat16>(const LossInputs&, const LogitsPlan&,
+template LaunchError launch_gradient_sm90<__nv_bfloat16>(const LossInputs&, const LogitsPlan&,
                                                          const GradientArguments<__nv_bfloat16>&, void*);
 
 }  // namespace cce

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "launch/heuristics.h"
+#include "launch/launch_error.h"
 #include "launch/params.h"
 
 namespace cce {
@@ -11,7 +12,7 @@ struct GradientArguments;
 // Hopper's part of launch_exact_backward, dz of a chunk, on the current device: only in builds with kernels
 // for sm_90a.
 template <typename Element>
-const char* launch_gradient_sm90(const LossInputs& in, const LogitsPlan& plan,
+LaunchError launch_gradient_sm90(const LossInputs& in, const LogitsPlan& plan,
                                  const GradientArguments<Element>& arguments, void* stream);
 
 }  // namespace cce

@@ -5,6 +5,7 @@
 #include "kernels/logits_sm80.cuh"
 #include "kernels/lse_arguments.cuh"
 #include "launch/dtype.cuh"
+#include "launch/launch_error.h"
 #include "launch/params.h"
 #include "tile/softcap.cuh"
 #include "tile/target.cuh"
@@ -57,8 +58,11 @@ cudaError_t allow_shared_memory(Kernel kernel, int bytes) {
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 
-inline const char* error_text(cudaError_t error) {
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+inline LaunchError cuda_error(cudaError_t error) {
+  if (error == cudaSuccess) return {};
+  const bool no_kernel = error == cudaErrorNoKernelImageForDevice ||
+                         error == cudaErrorInvalidDeviceFunction || error == cudaErrorUnsupportedPtxVersion;
+  return {"CUDA", cudaGetErrorString(error), no_kernel};
 }
 
 }  // namespace cce

@@ -5,6 +5,7 @@
 #include "kernels/label_logits.cuh"
 #include "launch/dtype.cuh"
 #include "launch/heuristics.h"
+#include "launch/inputs.cuh"
 #include "launch/launch.h"
 
 namespace cce {
@@ -39,8 +40,8 @@ void enqueue_label_logits(const LabelLogitsParams& params, const LabelLogitsPlan
 }
 
 template <DType kDType>
-const char* launch_label_logits(const LabelLogitsParams& params, int device, void* stream) {
-  if (params.in.n == 0) return nullptr;
+LaunchError launch_label_logits(const LabelLogitsParams& params, int device, void* stream) {
+  if (params.in.n == 0) return {};
   // torch's device guard sets the device of torch's CUDA runtime; the static one linked here keeps its own.
   cudaError_t error = cudaSetDevice(device);
   if (error == cudaSuccess) {
@@ -52,7 +53,7 @@ const char* launch_label_logits(const LabelLogitsParams& params, int device, voi
     }
     error = cudaGetLastError();
   }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return cuda_error(error);
 }
 
 }  // namespace cce

@@ -2,7 +2,7 @@
 
 namespace cce {
 
-template const char* launch_label_logits<DType::kFloat16>(const LabelLogitsParams&, int, void*);
-template const char* launch_label_logits<DType::kBFloat16>(const LabelLogitsParams&, int, void*);
+template LaunchError launch_label_logits<DType::kFloat16>(const LabelLogitsParams&, int, void*);
+template LaunchError launch_label_logits<DType::kBFloat16>(const LabelLogitsParams&, int, void*);
 
 }  // namespace cce

@@ -13,7 +13,7 @@ namespace {
 
 // The log-sum-exps of each unit, and the tile map.
 template <DType kDType>
-const char* launch_lse(const LceForwardParams& p, const LceForwardPlan& plan, void* stream) {
+LaunchError launch_lse(const LceForwardParams& p, const LceForwardPlan& plan, void* stream) {
 #if CCE_HAS_SM90
   if (plan.logits.kernel == LogitsKernel::kSm90) return launch_lse_sm90<kDType>(p, plan, stream);
 #endif
@@ -25,12 +25,15 @@ const char* launch_lse(const LceForwardParams& p, const LceForwardPlan& plan, vo
 }  // namespace
 
 template <DType kDType>
-const char* launch_lce_forward(const LceForwardParams& p, const LceForwardPlan& plan, int device,
+LaunchError launch_lce_forward(const LceForwardParams& p, const LceForwardPlan& plan, int device,
                                void* stream) {
-  if (p.in.n == 0) return nullptr;
+  if (p.in.n == 0) return {};
   const cudaError_t error = cudaSetDevice(device);
-  if (error != cudaSuccess) return error_text(error);
-  if (const char* text = launch_lse<kDType>(p, plan, stream)) return text;
+  if (error != cudaSuccess) return cuda_error(error);
+  // An empty vocabulary, such as a shard may have, has no product: its log-sum-exp is -inf.
+  if (p.in.v > 0) {
+    if (const LaunchError failed = launch_lse<kDType>(p, plan, stream)) return failed;
+  }
 
   LseFinishArguments f;
   f.partial_lse = p.partial_lse;
@@ -43,12 +46,12 @@ const char* launch_lce_forward(const LceForwardParams& p, const LceForwardPlan& 
   f.splits = plan.schedule.splits;
   const auto blocks = static_cast<unsigned>(ceil_div(p.in.n, kLseFinishThreads));
   lse_finish_kernel<<<blocks, kLseFinishThreads, 0, static_cast<cudaStream_t>(stream)>>>(f);
-  return error_text(cudaGetLastError());
+  return cuda_error(cudaGetLastError());
 }
 
-template const char* launch_lce_forward<DType::kFloat16>(const LceForwardParams&, const LceForwardPlan&, int,
+template LaunchError launch_lce_forward<DType::kFloat16>(const LceForwardParams&, const LceForwardPlan&, int,
                                                          void*);
-template const char* launch_lce_forward<DType::kBFloat16>(const LceForwardParams&, const LceForwardPlan&, int,
+template LaunchError launch_lce_forward<DType::kBFloat16>(const LceForwardParams&, const LceForwardPlan&, int,
                                                           void*);
 
 }  // namespace cce

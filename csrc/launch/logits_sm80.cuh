@@ -10,12 +10,12 @@ namespace cce {
 
 // The product of E and rows [first, first + columns) of C, on the current device.
 template <typename Element, typename Epilogue>
-const char* launch_logits_sm80(const LossInputs& in, int64_t first, int64_t columns, const LogitsPlan& plan,
+LaunchError launch_logits_sm80(const LossInputs& in, int64_t first, int64_t columns, const LogitsPlan& plan,
                                const ForwardSchedule& schedule, const typename Epilogue::Arguments& arguments,
                                void* stream) {
   const auto kernel = logits_sm80_kernel<Element, Epilogue>;
   const cudaError_t error = allow_shared_memory(kernel, plan.shared_bytes);
-  if (error != cudaSuccess) return error_text(error);
+  if (error != cudaSuccess) return cuda_error(error);
   LogitsOperands<Element> operands = {rows_of_e<Element>(in),
                                       rows_of_c<Element>(in, first, columns),
                                       static_cast<int>(in.d),
@@ -26,7 +26,7 @@ const char* launch_logits_sm80(const LossInputs& in, int64_t first, int64_t colu
   operands.count();
   kernel<<<plan.blocks(schedule), kLogitsThreads, plan.shared_bytes, static_cast<cudaStream_t>(stream)>>>(
       operands, arguments);
-  return error_text(cudaGetLastError());
+  return cuda_error(cudaGetLastError());
 }
 
 }  // namespace cce

@@ -11,12 +11,12 @@
 namespace cce {
 
 template <typename Element, typename Epilogue, int kCluster>
-const char* launch_logits_sm90_in_clusters(const LossInputs& in, int64_t first, int64_t columns,
+LaunchError launch_logits_sm90_in_clusters(const LossInputs& in, int64_t first, int64_t columns,
                                            const LogitsPlan& plan, const ForwardSchedule& schedule,
                                            const typename Epilogue::Arguments& arguments, void* stream) {
   const auto kernel = logits_sm90_kernel<Element, Epilogue, kCluster, kSm90CacheHints>;
   cudaError_t error = allow_shared_memory(kernel, plan.shared_bytes);
-  if (error != cudaSuccess) return error_text(error);
+  if (error != cudaSuccess) return cuda_error(error);
 
   const Rows<Element> e = rows_of_e<Element>(in), c = rows_of_c<Element>(in, first, columns);
   LogitsSm90Operands operands{};
@@ -25,7 +25,7 @@ const char* launch_logits_sm90_in_clusters(const LossInputs& in, int64_t first, 
     refused = encode_rows<Element>(operands.c, c.data, c.count, in.d, c.stride,
                                    LogitsSm90::kColumnsOfBlock<kCluster>);
   }
-  if (refused != nullptr) return refused;
+  if (refused != nullptr) return {"CUDA", refused};
   operands.schedule = schedule;
   operands.units = schedule.units();
   operands.steps = static_cast<int>(ceil_div(in.d, LogitsSm90::kDepth));
@@ -43,12 +43,12 @@ const char* launch_logits_sm90_in_clusters(const LossInputs& in, int64_t first, 
   config.attrs = &cluster;
   config.numAttrs = kCluster > 1 ? 1 : 0;
   error = cudaLaunchKernelEx(&config, kernel, operands, arguments);
-  return error_text(error);
+  return cuda_error(error);
 }
 
 // As launch_logits_sm80, by Hopper's kernel.
 template <typename Element, typename Epilogue>
-const char* launch_logits_sm90(const LossInputs& in, int64_t first, int64_t columns, const LogitsPlan& plan,
+LaunchError launch_logits_sm90(const LossInputs& in, int64_t first, int64_t columns, const LogitsPlan& plan,
                                const ForwardSchedule& schedule, const typename Epilogue::Arguments& arguments,
                                void* stream) {
   const auto launch = plan.cluster == 2 ? launch_logits_sm90_in_clusters<Element, Epilogue, 2>

@@ -44,18 +44,19 @@ void check_inputs(const char* op, const Tensor& e, const Tensor& c, const std::o
     CCE_CHECK(bias->scalar_type() == e.scalar_type(), op, "bias must have e's dtype, ",
               dtype_name(e.scalar_type()), ", but is ", describe(*bias));
   }
-  const auto check_device = [&](const Tensor& tensor, const char* name) {
-    CCE_CHECK(tensor.is_cuda() && tensor.get_device_index() == e.get_device_index(), op, name,
-              " must be on e's device, ", device_name(e), ", but is ", describe(tensor));
-  };
   CCE_CHECK(e.is_cuda(), op, "e must be on a CUDA device as another argument is, but is ", describe(e));
-  check_device(c, "c");
-  check_device(targets, "targets");
-  if (bias) check_device(*bias, "bias");
+  check_device(op, "c", c, e);
+  check_device(op, "targets", targets, e);
+  if (bias) check_device(op, "bias", *bias, e);
   CCE_CHECK(!softcap || (*softcap > 0 && std::isfinite(*softcap)), op,
             "softcap must be positive and finite, but is ", *softcap);
   CCE_CHECK(e.size(0) <= INT32_MAX - 1024, op, "e may have 2^31 rows at most, but is ", describe(e));
   CCE_CHECK(c.size(0) <= INT32_MAX - 1024, op, "c may have 2^31 rows at most, but is ", describe(c));
+}
+
+void check_device(const char* op, const char* name, const Tensor& tensor, const Tensor& e) {
+  CCE_CHECK(tensor.is_cuda() && tensor.get_device_index() == e.get_device_index(), op, name,
+            " must be on e's device, ", device_name(e), ", but is ", describe(tensor));
 }
 
 Tensor with_contiguous_rows(const Tensor& tensor) {
@@ -107,9 +108,19 @@ LossInputs loss_inputs(DType dtype, const Tensor& e, const Tensor& c, const std:
   return in;
 }
 
-void check_launch(const char* op, const char* error, const Tensor& e) {
-  CCE_CHECK(error == nullptr, op, "the kernel could not be launched on ", device_name(e), ": ", error,
-            " (this library has kernels for GPU architectures " CCE_CUDA_ARCHS ")");
+void check_launch(const char* op, const LaunchError& error, const Tensor& e) {
+  check_launch(op, error, e.get_device_index());
+}
+
+void check_launch(const char* op, const LaunchError& error, int32_t device) {
+  CCE_CHECK(!error, op, error.source, " failed on cuda:", device, ": ", error.text,
+            error.no_kernel ? " (this library has kernels for GPU architectures " CCE_CUDA_ARCHS ")" : "");
+}
+
+DeviceLimits device_limits(const char* op, const Tensor& e) {
+  DeviceLimits limits{};
+  check_launch(op, find_device_limits(e.get_device_index(), limits), e);
+  return limits;
 }
 
 }  // namespace cce

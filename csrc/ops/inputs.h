@@ -4,6 +4,7 @@
 
 #include <optional>
 
+#include "launch/launch.h"
 #include "launch/params.h"
 
 namespace cce {
@@ -16,6 +17,10 @@ DType dtype_of(const char* op, const torch::stable::Tensor& e);
 void check_inputs(const char* op, const torch::stable::Tensor& e, const torch::stable::Tensor& c,
                   const std::optional<torch::stable::Tensor>& bias, const torch::stable::Tensor& targets,
                   std::optional<double> softcap);
+
+// One of the tensors that belong to e, by its name.
+void check_device(const char* op, const char* name, const torch::stable::Tensor& tensor,
+                  const torch::stable::Tensor& e);
 
 // The tensor itself where its last dimension is contiguous, whatever its row stride; else a contiguous copy.
 torch::stable::Tensor with_contiguous_rows(const torch::stable::Tensor& tensor);
@@ -31,7 +36,11 @@ LossInputs loss_inputs(DType dtype, const torch::stable::Tensor& e, const torch:
                        const std::optional<torch::stable::Tensor>& bias, const torch::stable::Tensor& targets,
                        int64_t ignore_index, std::optional<double> softcap);
 
-// Throws where a launcher says that CUDA refused.
-void check_launch(const char* op, const char* error, const torch::stable::Tensor& e);
+// Throws where a launcher says that something refused.
+void check_launch(const char* op, const LaunchError& error, int32_t device);
+void check_launch(const char* op, const LaunchError& error, const torch::stable::Tensor& e);
+
+// Of e's GPU.
+DeviceLimits device_limits(const char* op, const torch::stable::Tensor& e);
 
 }  // namespace cce

@@ -17,7 +17,7 @@ using torch::stable::Tensor;
 
 constexpr const char* kOp = "cce::label_logits: ";
 
-const char* launch(const LabelLogitsParams& params, const CudaScope& scope) {
+LaunchError launch(const LabelLogitsParams& params, const CudaScope& scope) {
   switch (params.in.dtype) {
     case DType::kFloat16:
       return launch_label_logits<DType::kFloat16>(params, scope.device(), scope.stream());
@@ -28,7 +28,7 @@ const char* launch(const LabelLogitsParams& params, const CudaScope& scope) {
     case DType::kFloat64:
       return launch_label_logits<DType::kFloat64>(params, scope.device(), scope.stream());
   }
-  return "unknown dtype";
+  return {"cce", "unknown dtype"};
 }
 
 Tensor label_logits(const Tensor& e_in, const Tensor& c_in, const std::optional<Tensor>& bias,

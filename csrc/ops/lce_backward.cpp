@@ -49,15 +49,17 @@ void exact(LceBackwardParams params, double threshold, const Tensor& e_in, const
   in.c = c.const_data_ptr();
   in.e_row_stride = e.stride(0);
   in.c_row_stride = c.stride(0);
+  const bool products = params.sum_e != nullptr || params.grad_c != nullptr;
+  const std::optional<Blas> blas = products ? std::optional<Blas>(current_blas()) : std::nullopt;
   const ExactPlan plan =
-      plan_exact(in, params.sum_e != nullptr, params.grad_c != nullptr, device_limits(scope.device()));
+      plan_exact(in, params.sum_e != nullptr, params.grad_c != nullptr, device_limits(kOp, e));
   const Tensor dz = new_empty(e, {in.n, plan.chunk_columns});
   const Tensor factors = new_empty(e, {2}, ScalarType::Float);
   const ExactScratch scratch = {dz.mutable_data_ptr(), static_cast<float*>(factors.mutable_data_ptr()),
                                 threshold};
   const auto launch = in.dtype == DType::kBFloat16 ? launch_exact_backward<DType::kBFloat16>
                                                    : launch_exact_backward<DType::kFloat16>;
-  check_launch(kOp, launch(params, scratch, plan, current_blas(), scope.device(), scope.stream()), e);
+  check_launch(kOp, launch(params, scratch, plan, blas, scope.device(), scope.stream()), e);
 }
 
 void round_gradient(const LceBackwardParams& params, const Tensor& e, const CudaScope& scope) {
@@ -70,19 +72,20 @@ void visits(LceBackwardParams params, const Tensor& tile_map, const int64_t* see
             const Tensor& e, const CudaScope& scope) {
   const LossInputs& in = params.in;
   const bool need_e = params.grad_e != nullptr, need_c = params.grad_c != nullptr;
-  const VisitsPlan plan = plan_visits(in.n, in.d, in.v, need_e, need_c, params.grad_bias != nullptr,
-                                      visits_row_bytes(), device_limits(scope.device()));
-  const bool borrows = plan.first_borrowed < plan.tiles;
-  const Tensor sum_e = new_empty(e, {need_e && !borrows ? in.n : 0, in.d}, ScalarType::Float);
+  VisitsPlan plan = plan_visits(in.n, in.d, in.v, need_e, need_c, params.grad_bias != nullptr,
+                                visits_row_bytes(), device_limits(kOp, e));
+  plan.wait_milliseconds = watchdog_milliseconds();
+  const VisitLayout& layout = plan.layout;
+  const Tensor sum_e = new_empty(e, {need_e && !layout.borrows() ? in.n : 0, in.d}, ScalarType::Float);
   params.sum_e = static_cast<float*>(sum_e.mutable_data_ptr());
-  const int64_t rows = plan.slices == 0 ? 0 : kVisitBuffers * plan.buffer;
+  const int64_t tiles = layout.tiles, rows = layout.ring_rows();
   const auto ints = [&e](int64_t count) { return new_empty(e, {count}, ScalarType::Int); };
-  const Tensor mask = ints(plan.tiles * plan.words);
-  const Tensor counts = ints(plan.tiles);
-  const Tensor order = ints(plan.tiles);
-  const Tensor chunk_begins = ints(2 * (plan.chunks + 1));
-  const Tensor pending = ints(2 * (plan.chunks + 1));
-  const Tensor items = ints(plan.items * static_cast<int64_t>(sizeof(VisitItem) / sizeof(int)));
+  const Tensor mask = ints(tiles * plan.words);
+  const Tensor counts = ints(tiles);
+  const Tensor order = ints(tiles);
+  const Tensor chunk_begins = ints(2 * (layout.max_chunks + 1));
+  const Tensor pending = ints(layout.max_gates());
+  const Tensor items = ints(layout.max_items * static_cast<int64_t>(sizeof(VisitItem) / sizeof(int)));
   const Tensor dz = new_empty(e, {rows, kTileColumns});
   const Tensor tokens = ints(rows);
   VisitsScratch scratch{};
@@ -120,6 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> lce_backward(
   const auto check_tokens = [&](const Tensor& tensor, const char* name) {
     CCE_CHECK(tensor.dim() == 1 && tensor.size(0) == n && tensor.scalar_type() == ScalarType::Float, kOp,
               name, " must be float32 [N] with N = ", n, ", but is ", describe(tensor));
+    check_device(kOp, name, tensor, e_in);
   };
   if (g_nll) check_tokens(*g_nll, "g_nll");
   if (g_lse) check_tokens(*g_lse, "g_lse");
@@ -136,27 +140,30 @@ std::tuple<Tensor, Tensor, Tensor> lce_backward(
                   tile_map_in.size(1) == n && tile_map_in.scalar_type() == ScalarType::BFloat16,
               kOp, "tile_map must be bfloat16 [", ceil_div(v, kTileColumns), ", ", n, "], but is ",
               describe(tile_map_in), " (lce_forward leaves none with need_map=False)");
+    check_device(kOp, "tile_map", tile_map_in, e_in);
+    CCE_CHECK(seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1 && seed->is_cuda() &&
+                  seed->get_device_index() == e_in.get_device_index(),
+              kOp, "seed must be one int64 on e's device for the sampled method, but is ",
+              seed ? describe(*seed) : "None");
   }
-  CCE_CHECK(
-      !sampled || (seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1 && seed->is_cuda()),
-      kOp, "seed must be one int64 on e's device for the sampled method, but is ",
-      seed ? describe(*seed) : "None");
 
   const Sides need = {need_e, need_c, need_bias && bias.has_value()};
   const CudaScope scope(e_in);
   const Tensor e = with_vector_rows(e_in);
   const Tensor c = with_vector_rows(c_in);
   const int64_t width = e.size(1);
+  // Without tokens, or without a vocabulary, as a shard may be.
+  const bool nothing = n == 0 || v == 0;
   const auto gradient = [&](bool needed, std::initializer_list<int64_t> shape) {
     if (!needed) return new_empty(e, {0});
-    return n == 0 ? torch::stable::new_zeros(e, shape) : new_empty(e, shape);
+    return nothing ? torch::stable::new_zeros(e, shape) : new_empty(e, shape);
   };
   // Of the exact pass e's gradient comes last: with it, the pass would need more memory.
-  Tensor grad_e = gradient(need.e && n == 0, {n, width});
+  Tensor grad_e = gradient(need.e && nothing, {n, width});
   const Tensor grad_c = gradient(need.c, {v, width});
   const Tensor grad_bias = gradient(need.bias, {v});
 
-  if (n > 0 && need.any()) {
+  if (!nothing && need.any()) {
     const Tensor nll = torch::stable::contiguous(nll_in);
     const Tensor lse = torch::stable::contiguous(lse_in);
     const Tensor tile_map = torch::stable::contiguous(tile_map_in);

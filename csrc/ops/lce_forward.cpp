@@ -23,10 +23,10 @@ using torch::stable::Tensor;
 constexpr const char* kOp = "cce::lce_forward: ";
 
 template <DType kDType>
-const char* launch(const LabelLogitsParams& label, const LceForwardParams& params, const LceForwardPlan& plan,
+LaunchError launch(const LabelLogitsParams& label, const LceForwardParams& params, const LceForwardPlan& plan,
                    const CudaScope& scope) {
-  const char* error = launch_label_logits<kDType>(label, scope.device(), scope.stream());
-  return error != nullptr ? error : launch_lce_forward<kDType>(params, plan, scope.device(), scope.stream());
+  const LaunchError failed = launch_label_logits<kDType>(label, scope.device(), scope.stream());
+  return failed ? failed : launch_lce_forward<kDType>(params, plan, scope.device(), scope.stream());
 }
 
 // The seed and the method say how the backward will visit; the forward is the same for all.
@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor> lce_forward(const Tensor& e_in, const Tensor&
   const Tensor e = with_vector_rows(e_in);
   const Tensor c = with_vector_rows(c_in);
   const LossInputs in = loss_inputs(dtype, e, c, bias, targets, ignore_index, softcap);
-  const LceForwardPlan plan = plan_lce_forward(in, device_limits(scope.device()));
+  const LceForwardPlan plan = plan_lce_forward(in, device_limits(kOp, e));
   const Tensor label_logits = new_empty(e, {n}, ScalarType::Float);
   const Tensor partial_lse = new_empty(e, {plan.schedule.splits, n}, ScalarType::Float);
   const LabelLogitsParams label = {in, label_logits.mutable_data_ptr()};

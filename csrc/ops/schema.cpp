@@ -34,4 +34,6 @@ STABLE_TORCH_LIBRARY(cce, m) {
       "bool filter_e=True, bool filter_c=True, bool need_e=True, bool need_c=True, bool need_bias=False) "
       "-> (Tensor grad_e, Tensor grad_c, Tensor grad_bias)");
   m.def("build_info() -> str");
+  // In builds with CUDA only.
+  m.def("device_info(int device) -> str");
 }

@@ -5,7 +5,7 @@ from .methods import IMPLS
 from .ops import HAS_CUDA
 from .vocab_parallel import VocabParallelOptions
 
-__version__ = "0.1.0"
+__version__ = "0.1.1"
 
 __all__ = [
     "HAS_CUDA",

@@ -1,0 +1,108 @@
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/copy_rows.cuh"
+#include "kernels/store_block.cuh"
+#include "kernels/visit_plan.h"
+#include "kernels/visits_config.h"
+#include "tile/gradient_row.cuh"
+#include "tile/ring.cuh"
+#include "tile/warp_product.cuh"
+
+// dC of the exact backward is a plain product, dz^T E, and cuBLAS's. Only where a token that does not count
+// (ignored, or without a gradient) has a row of e that is not finite, 0 times that row is NaN in every row of
+// dC. Then the kernel here computes dC again from the rows that count; otherwise its blocks end at once. A
+// copy of e without these rows would do as well, but would take memory in every call.
+namespace cce {
+
+constexpr int kStrayRowsThreads = 256;
+
+template <typename Element>
+struct StrayRowsArguments {
+  Rows<Element> e;
+  const GradientRow* rows;  // [n]
+  int d;
+  VisitControl* control;
+};
+
+// Notes whether a row of e that does not count is not finite. A warp a row.
+template <typename Element>
+__global__ void __launch_bounds__(kStrayRowsThreads)
+    stray_rows_kernel(const __grid_constant__ StrayRowsArguments<Element> a) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * (kStrayRowsThreads / kWarpLanes) +
+                        static_cast<int>(threadIdx.x) / kWarpLanes;
+  if (token >= a.e.count || a.rows[token].live()) return;
+  bool finite = true;
+  for (int k = lane; k < a.d; k += kWarpLanes) {
+    finite &= static_cast<bool>(isfinite(widen<float>(a.e.data[token * a.e.stride + k])));
+  }
+  if (!finite) a.control->stray_rows = 1;
+}
+
+template <typename Element>
+struct LiveProductArguments {
+  const Element* dz;  // [n, stride], scaled
+  int64_t stride;
+  Rows<Element> e;
+  const GradientRow* rows;  // [n]
+  const VisitControl* control;
+  int d, columns, stages;
+  Element* out;  // [columns, d] contiguous
+};
+
+// A block computes 128 columns of the chunk by 128 of D.
+template <typename Element>
+__global__ void __launch_bounds__(kVisitThreads, 1)
+    live_product_kernel(const __grid_constant__ LiveProductArguments<Element> a) {
+  if (a.control->stray_rows == 0) return;
+  // Setup
+  extern __shared__ __align__(128) unsigned char shared[];
+  using Lane = CopyLane<kVisitThreads>;
+  constexpr int kPass = Lane::kRowsPerPass;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpLanes,
+            warp = static_cast<int>(threadIdx.x) / kWarpLanes;
+  const int first_m = warp / kVisitWarpsN * (kTileColumns / kVisitWarpsM);
+  const int first_n = warp % kVisitWarpsN * (kVisitSlice / kVisitWarpsN);
+  const int slices = (a.d + kVisitSlice - 1) / kVisitSlice;
+  const int column0 = static_cast<int>(blockIdx.x) / slices * kTileColumns;
+  const int d0 = static_cast<int>(blockIdx.x) % slices * kVisitSlice;
+
+  // Load
+  int sent = 0;
+  const auto send = [&](uint32_t stage) {
+    const int k0 = sent++ * kLogitsDepth;
+#pragma unroll
+    for (int p = 0; p < 4; ++p) {
+      const int token = k0 + p % 2 * kPass + Lane::row(), column = Lane::column() + p / 2 * kRowElements;
+      const bool live = token < a.e.count && a.rows[token].live();
+      const int64_t row = live ? token : 0;
+      ptx::cp_async_16(Lane::destination(stage, p), a.dz + row * a.stride + column0 + column, live);
+      ptx::cp_async_16(Lane::destination(stage + kVisitTileBytes, p),
+                       a.e.data + row * a.e.stride + d0 + column, live && d0 + column < a.d);
+    }
+  };
+  StageStream<kVisitStageBytes, decltype(send)> stream(shared_address(shared), a.stages, send);
+
+  // Compute
+  WarpProduct<Element, 4, 4, Major::kMN, Major::kMN> product(lane, first_m, first_n);
+  product.clear();
+  for (int k0 = 0; k0 < a.e.count; k0 += kLogitsDepth) {
+    stream.next();
+    stream.fill();
+#pragma unroll
+    for (int part = 0; part < kLogitsDepth / 16; ++part) {
+      typename decltype(product)::Fragments f;
+      product.load(f, stream.stage(), stream.stage() + kVisitTileBytes, part);
+      product.multiply(f);
+    }
+  }
+
+  // Finish
+  stream.close();
+  const GradientScale<Element> scale(a.control->largest);
+  store_block(product, a.out, column0 + first_m, a.columns, d0 + first_n, a.d, scale.inverse, lane);
+}
+
+}  // namespace cce
