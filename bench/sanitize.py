@@ -4,8 +4,8 @@
 
 It calls the public function only, so that a new kernel is there as soon as the function uses it. Run it with
 PYTORCH_NO_CUDA_MEMORY_CACHING=1: in a cached block of PyTorch's a read past a tensor's end goes unnoticed.
---without-cublas leaves out what calls cuBLAS, some of whose kernels do not run under racecheck: of the exact and the
-threshold backward only bias's gradient is left, which needs no product, and fp32 is left out.
+--without-cublas leaves out what calls cuBLAS: of the exact and the threshold backward only bias's gradient is left, which
+needs no product, and fp32 is left out. Two tools want it on Hopper (bench/README.md, "compute-sanitizer and cuBLAS").
 """
 
 from __future__ import annotations
@@ -48,9 +48,11 @@ def main() -> int:
                 targets[n // 2 :: 7] = -100
             for impl in args.impl:
                 for softcap, b in ((None, None), (20.0, bias)):
-                    loss = linear_cross_entropy(e, c, targets.cuda(), b, softcap=softcap, reduction="sum", impl=impl)
-                    wanted = (b,) if without_cublas and impl != "cce" else (e, c, b)
-                    wanted = [x for x in wanted if x is not None]
+                    # What requires no gradient is frozen, or the backward would compute its gradient all the same.
+                    products = impl == "cce" or not without_cublas
+                    x, y = (e, c) if products else (e.detach(), c.detach())
+                    loss = linear_cross_entropy(x, y, targets.cuda(), b, softcap=softcap, reduction="sum", impl=impl)
+                    wanted = [t for t in (x, y, b) if t is not None and t.requires_grad]
                     grads = torch.autograd.grad(loss, wanted) if wanted else ()
                     if not all(x.isfinite().all() for x in (loss, *grads)):
                         print(f"not finite: N={n} D={d} V={v} {dtype} {impl} softcap={softcap}", file=sys.stderr)

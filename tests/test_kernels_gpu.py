@@ -512,6 +512,25 @@ def test_offsets_past_2_to_31():
         assert grad_e.isfinite().all() and grad_e[-1].any()
 
 
+def test_more_vocab_tiles_than_a_grid_is_high():
+    """268 million entries are 65536 groups of 32 tiles, more than a grid's second dimension takes."""
+    d, v = 8, 2**28 + 1000
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GB of GPU memory")
+    g = torch.Generator("cuda").manual_seed(0)
+    c = torch.empty(v, d, device="cuda", dtype=torch.bfloat16).normal_(0, 0.1, generator=g)
+    e = 200.0 * c[-1:]
+    targets = torch.tensor([v - 1], device="cuda")
+    outputs = ops.lce_forward(e, c, None, targets, None)
+    lse = torch.stack([(e.float() @ block.float().T).logsumexp(1) for block in c.split(1 << 26)]).logsumexp(0)
+    assert error(outputs[1], lse) < 1e-3
+    ones = torch.ones(1, device="cuda")
+    grad_e, grad_c, _ = ops.lce_backward(ones, None, e, c, None, targets, *outputs, seed_of(1))
+    expected = ((e.float() @ c[-1:].float().T - lse).exp() - 1) * e.float()
+    assert error(grad_c[-1:], expected) < 1e-2 and grad_e.isfinite().all() and grad_e.any()
+    assert all(block.isfinite().all() for block in grad_c.split(1 << 26))
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("impl", IMPLS)
 def test_another_device_than_the_current(impl):

@@ -41,6 +41,18 @@ def violations(name: str, text: str) -> list[str]:
     return found
 
 
+def test_kernels_in_headers_belong_to_the_file_that_includes_them():
+    """nvcc ignores `inline` on a kernel: without `static` or a template, two files that include it define it twice."""
+    found = 0
+    for path in CSRC.rglob("*.cuh"):
+        text = path.read_text()
+        for kernel in re.finditer(r"^[^\n]*__global__", text, re.MULTILINE):
+            found += 1
+            before = text[: kernel.start()].rstrip().splitlines()[-1]
+            assert kernel[0].startswith("static ") or before.startswith("template <"), f"{path.name}: {kernel[0]}"
+    assert found > 5
+
+
 def test_includes_go_downwards():
     assert SOURCES
     wrong = [v for path in SOURCES for v in violations(path.relative_to(CSRC).as_posix(), path.read_text())]
