@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, within a time limit and without a network: the gpu tests, compute-sanitizer, the
-# benchmark and its plot. `bench/gpu.sh SECONDS [arguments of python -m bench..]`, for instance
+# Everything that wants a GPU, within a time limit and without a network: the gpu tests, random configurations,
+# compute-sanitizer, the benchmark and its plot. `bench/gpu.sh SECONDS [arguments of python -m bench..]`, for instance
 #   bench/gpu.sh 900 --shape gemma2 llama3 gpt2
 # A library that is there already (src/cce_ext/_C.abi3.so) is used, else it is built with CMake. Logs and results go to
 # $OUT, or to bench/results; PYTHON names the interpreter, COMPUTE_SANITIZER the tool where it is not on the PATH, COMMIT
-# the commit where there is no git to ask.
+# the commit where there is no git to ask. FUZZ_SECONDS (60) is how long random configurations are tried, at most half of
+# the time that is left.
 # A part that fails does not stop the next. The exit status is 1 if one failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
@@ -58,6 +59,8 @@ else
   part "build" 50 bash -c "cmake -S . -B build/gpu -DCCE_CUDA=ON && cmake --build build/gpu --parallel"
 fi
 part "tests" 35 "$python" -m pytest -m gpu -q
+fuzz_seconds=$((${FUZZ_SECONDS:-60} < $(left) / 2 ? ${FUZZ_SECONDS:-60} : $(left) / 2))
+part "fuzz" 65 "$python" -m bench.fuzz --device cuda --seconds "$fuzz_seconds"
 
 sanitizer=${COMPUTE_SANITIZER:-$(command -v compute-sanitizer || true)}
 if [[ -z "$sanitizer" && -x /usr/local/cuda/bin/compute-sanitizer ]]; then

@@ -1,0 +1,635 @@
+"""Random configurations of the loss, each held against fp64, until the time is up: what no list of shapes thinks of.
+
+    python -m bench.fuzz --seconds 600
+    python -m bench.fuzz --device cuda --case '{"n": 129, "d": 64, "v": 1548}'
+
+Case k is a function of --seed and k alone. A case that fails is printed as one line, the command that repeats it and
+what was wrong, and the run goes on. The exit status is 1 if a case failed and 2 where the device is not there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import random
+import shlex
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from cce_ext import HAS_CUDA, linear_cross_entropy
+from cce_ext.chunked import FILTER_ROWS
+from cce_ext.methods import choose
+from cce_ext.sampling import TILE_COLUMNS, draw_visits, log_visit_rate, visit_probabilities
+
+IGNORE = -100
+NAN = float("nan")
+# The mean of some draws is suspect at so many standard deviations, and wrong if that of four times as many others is.
+SUSPECT, WRONG = 3.5, 6.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration. What its tensors hold is drawn from seed, on the device. CHOICES has what there is."""
+
+    n: int
+    d: int
+    v: int
+    dtype: str = "bfloat16"
+    impl: str = "cce"
+    filter_eps: float | str = "auto"
+    bias: bool = False
+    needs: str = "ec"  # whose gradients are asked for: e's, c's, the bias's
+    softcap: float | None = None
+    ignored: str = "none"
+    e_layout: str = "plain"
+    c_layout: str = "plain"
+    target_dtype: str = "int64"
+    stride: int = 1  # of targets and bias
+    reduction: str = "mean"
+    shift: int = 0
+    upstream: str = "equal"  # the tokens' weights: zeros is random with 0 for half of them
+    lse: bool = False  # whether the log-sum-exp is differentiated as well
+    softmax: str = "flat"
+    labels: str = "spread"
+    seed: int = 0
+
+    @property
+    def batch(self) -> int:
+        """How many sequences the tokens are."""
+        return 2 if self.n % 2 == 0 and self.n > 2 else 1
+
+    def command(self, device: str) -> str:
+        """What repeats this case, as a line of a shell."""
+        return f"python -m bench.fuzz --device {device} --case {shlex.quote(json.dumps(asdict(self)))}"
+
+
+# What comes twice is drawn twice as often.
+CHOICES = {
+    "impl": ("cce", "cce", "cce_exact", "cce_threshold"),
+    "bias": (False, False, True),
+    "softcap": (None, None, 5.0, 30.0),
+    "ignored": ("none", "none", "none", "few", "few", "most", "all but one", "all"),
+    "e_layout": ("plain", "wide", "unaligned", "offset", "transposed", "expanded"),
+    "c_layout": ("plain", "wide", "unaligned", "offset", "transposed"),
+    "target_dtype": ("int64", "int32"),
+    "stride": (1, 1, 2, 3),
+    "reduction": ("mean", "mean", "sum", "none"),
+    "shift": (0, 0, 0, 1),
+    "upstream": ("equal", "random", "zeros"),
+    "lse": (False, True),
+    "softmax": ("uniform", "flat", "peaked", "one confident", "confident", "far head", "far middle", "far tail"),
+    "labels": ("spread", "spread", "one tile", "last tile"),
+}
+DTYPES = {
+    "cuda": ("bfloat16", "bfloat16", "float16", "float16", "float32"),
+    "cpu": ("bfloat16", "float16", "float32", "float64"),
+}
+LOG2_EPS = {"cce": (-10, -2), "cce_threshold": (-14, -1)}
+LARGEST = {"cuda": (3000, 600, 150_000), "cpu": (200, 600, 40_000)}  # N, D, V
+LOGITS = {"cuda": 2e8, "cpu": 2e6}  # at most: fp64 holds several tensors of that size
+
+
+def draw_case(seed: int, k: int, device: str) -> Case:
+    """The k-th case of a seed."""
+    r = random.Random(f"{device}/{seed}/{k}")
+    n, d, v = draw_shape(r, device)
+    options = {name: r.choice(values) for name, values in CHOICES.items()}
+    if n == 1:
+        options["shift"] = 0
+    if options["impl"] in LOG2_EPS and r.random() < 0.75:
+        options["filter_eps"] = 2.0 ** r.uniform(*LOG2_EPS[options["impl"]])
+    sides = "ecb" if options["bias"] else "ec"
+    needs = sides if r.random() < 0.6 else "".join(r.sample(sides, r.randint(1, len(sides))))
+    return Case(n, d, v, dtype=r.choice(DTYPES[device]), needs=needs, seed=r.randrange(2**31), **options)
+
+
+def draw_shape(r: random.Random, device: str) -> tuple[int, int, int]:
+    """N, D, V: often beside what kernels divide by, and about V = 12 N, from where on dE's sums lie in dC."""
+
+    def up_to(most: float) -> int:
+        return int(math.exp(r.uniform(0, math.log(most + 0.99))))
+
+    def near(multiple: int, most: int) -> int:
+        return multiple * up_to(most / multiple) + r.choice((-1, 0, 1))
+
+    most_n, most_d, most_v = LARGEST[device]
+    n = r.choice((1, 2, 3, 31, 32, 33, 127, 128, 129)) if r.random() < 0.5 else up_to(most_n)
+    small, about_12_n = r.choice((1, r.randint(1, 128))), 12 * n + r.choice((-1, 0, 1))
+    v = r.choice((small, about_12_n, about_12_n, near(128, most_v), near(128, most_v), up_to(most_v)))
+    d = r.choice((near(8, most_d), near(64, most_d), up_to(most_d)))
+    return n, d, min(v, int(LOGITS[device]) // n)
+
+
+# ---- a case's tensors ----
+
+
+class Problem:
+    """e [N, D], c [V, D], bias [V] and targets [N] as the function takes them, and labels: the targets after the shift.
+
+    loss_weight, [N] or of a reduced loss one number, and lse_weight [N] make the scalar that is differentiated; g_nll
+    and g_lse, [N] or None, are what then flows into the operators.
+    """
+
+    def __init__(self, case: Case, device: str) -> None:
+        self.g = torch.Generator(device).manual_seed(case.seed)
+        dtype = getattr(torch, case.dtype)
+        c = self.normal(case.v, case.d) / case.d**0.5
+        targets = self.draw_targets(case)
+        e = self.draw_embeddings(case, c, targets)
+        ignored = self.uniform(case.n) < {"none": 0.0, "few": 0.1, "most": 0.9}.get(case.ignored, 1.0)
+        if case.ignored == "all but one":
+            ignored[case.seed % case.n] = False
+        targets[ignored] = IGNORE
+        self.e, self.c = lay_out(e.to(dtype), case.e_layout), lay_out(c.to(dtype), case.c_layout)
+        self.bias = spread_out(self.normal(case.v).to(dtype), case.stride, NAN) if case.bias else None
+        # What lies between the targets is in no vocabulary.
+        self.targets = spread_out(targets.to(getattr(torch, case.target_dtype)), case.stride, 2**30)
+        self.labels = self.targets
+        if case.shift:
+            rows = self.targets.unflatten(0, (case.batch, -1))
+            self.labels = F.pad(rows[:, case.shift :], (0, case.shift), value=IGNORE).flatten()
+        self.draw_upstream(case, torch.promote_types(dtype, torch.float32))
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.g, device=self.g.device)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.g, device=self.g.device)
+
+    def draw_targets(self, case: Case) -> Tensor:
+        """Of all columns, of one tile's, or of those of the last tile, which may be few."""
+        last = (case.v - 1) // TILE_COLUMNS
+        tile = {"one tile": case.seed % (last + 1), "last tile": last}.get(case.labels)
+        first, end = (0, case.v) if tile is None else (tile * TILE_COLUMNS, min((tile + 1) * TILE_COLUMNS, case.v))
+        return first + (self.uniform(case.n) * (end - first)).long().clamp(max=end - first - 1)
+
+    def draw_embeddings(self, case: Case, c: Tensor, targets: Tensor) -> Tensor:
+        """What gives the softmax its shape. Where a part of the vocabulary is far from everyone, c is changed too."""
+        own = c[targets] / c[targets].square().sum(1, keepdim=True).clamp(min=0.5)  # makes the label's logit 1
+        e = self.normal(case.n, case.d)
+        if case.softmax == "uniform":
+            e.zero_()
+        elif case.softmax == "peaked":
+            e = own * (4.0 * self.normal(case.n, 1) + 6.0) + 0.3 * e
+            e[:, 0] *= 4.0
+        elif case.softmax == "confident":
+            e = 25.0 * own
+        elif case.softmax == "one confident":
+            e[case.n // 2] = 30.0 * own[case.n // 2]
+        elif case.softmax.startswith("far"):
+            part = max(1, case.v // 4)
+            first = {"far head": 0, "far middle": (case.v - part) // 2, "far tail": case.v - part}[case.softmax]
+            e[:, 0] = 4.0
+            c[first : first + part, 0] -= 15.0
+        return e
+
+    def draw_upstream(self, case: Case, dtype: torch.dtype) -> None:
+        weight, of_lse = torch.ones_like(self.labels, dtype=dtype), torch.full_like(self.labels, 0.3, dtype=dtype)
+        if case.upstream != "equal":
+            weight, of_lse = (self.uniform(case.n) + 0.5).to(dtype), 0.3 * self.normal(case.n).to(dtype)
+        if case.upstream == "zeros":
+            none = self.uniform(case.n) < 0.5
+            weight[none], of_lse[none] = 0.0, 0.0
+        self.lse_weight = self.g_lse = of_lse if case.lse else None
+        self.loss_weight = self.g_nll = weight
+        if case.reduction != "none":
+            self.loss_weight = weight.sum() / case.n + 0.25
+            divisor = (self.labels != IGNORE).sum() if case.reduction == "mean" else 1
+            self.g_nll = (self.loss_weight / divisor).expand(case.n)
+
+
+def lay_out(x: Tensor, layout: str) -> Tensor:
+    """x [rows, D] with other strides. What lies between the rows is NaN, so that it shows where it is read."""
+    rows, d = x.shape
+    if layout == "plain":
+        return x
+    if layout == "transposed":
+        return x.T.contiguous().T
+    if layout == "expanded":
+        return x[:1].expand(rows, d)
+    if layout == "offset":
+        return x.new_full((rows * d + 1,), NAN)[1:].view(rows, d).copy_(x)
+    # Rows of a wider tensor; those of "wide" begin at multiples of 16 bytes.
+    first, width = (8, -(-d // 8) * 8 + 16) if layout == "wide" else (3, d + 5)
+    return x.new_full((rows, width), NAN)[:, first : first + d].copy_(x)
+
+
+def spread_out(x: Tensor, stride: int, between: float) -> Tensor:
+    return x.new_full((len(x) * stride,), between)[::stride].copy_(x)
+
+
+# ---- fp64 ----
+
+
+def by_tile(x: Tensor, padding: float = 0.0) -> Tensor:
+    """[.., V] as [.., tiles, 128]."""
+    return F.pad(x, (0, -x.shape[-1] % TILE_COLUMNS), value=padding).unflatten(-1, (-1, TILE_COLUMNS))
+
+
+def per_unit(side: str, x: Tensor) -> Tensor:
+    """Sums of a gradient's elements: of e's by token, of c's and the bias's by vocab tile."""
+    x = x.sum(1) if x.dim() == 2 else x
+    return x if side == "e" else by_tile(x).sum(1)
+
+
+class Expected(NamedTuple):
+    """A gradient in fp64, the same from a dz that is rounded, and what fp32 may add to an element's error."""
+
+    exact: Tensor
+    rounded: Tensor
+    slack: Tensor
+
+
+class Dense:
+    """nll and lse [N], peaks [tiles, N] (the map) and dz [N, V] of a problem in fp64.
+
+    dz is (a p - b onehot) times the softcap's slope (docs/design.md). noise [N]: how far off fp32's logits, and with
+    them its log-sum-exp and the logarithm of its p, may be; blur: how far off that makes an element of dz.
+    """
+
+    def __init__(self, case: Case, p: Problem) -> None:
+        self.dtype, self.sides = p.e.dtype, case.needs
+        self.e, self.c = p.e.double(), p.c.double()
+        bias = None if p.bias is None else p.bias.double()
+        cap = case.softcap or math.inf
+        z = F.linear(self.e, self.c, bias)
+        if case.softcap is not None:
+            z = torch.tanh(z / cap) * cap
+        self.counts = p.labels != IGNORE
+        self.label = p.labels.long().clamp(min=0)[:, None]
+        lse, of_label = z.logsumexp(1), z.gather(1, self.label)[:, 0]
+        self.lse, self.nll = lse.masked_fill(~self.counts, 0.0), (lse - of_label).masked_fill(~self.counts, 0.0)
+        self.peaks = (by_tile(z, -math.inf).amax(2) - of_label[:, None]).T
+        self.p = (z - lse[:, None]).exp_()
+
+        # a is the operators' own sum, in their dtype: its two parts may cancel.
+        b = p.g_nll.masked_fill(~self.counts, 0.0)
+        a = b if p.g_lse is None else b + p.g_lse.masked_fill(~self.counts, 0.0)
+        self.live = (a != 0) | (b != 0)
+        unit = torch.finfo(a.dtype).eps
+        a, b = a.double()[:, None], b.double()[:, None]
+        self.largest = torch.maximum(a.abs(), b.abs()).max().item()
+        self.dz = (a * self.p).scatter_add_(1, self.label, -b) * (1.0 - (z / cap).square())
+        # A sum over D is off by some units of its terms, and an exponential by its argument's error.
+        terms = self.e.norm(dim=1) * self.c.norm(dim=1).max() + (case.softcap or 0.0)
+        if bias is not None:
+            terms = terms + bias.abs().max()
+        self.noise = unit * (16.0 + terms) * (8.0 + case.d / 16.0)
+        self.blur = (a.abs() * self.p).scatter_add_(1, self.label, b.abs()) * self.noise[:, None]
+
+    def products(self, dz: Tensor, absolute: bool = False) -> dict[str, Tensor]:
+        """The gradients that dz [N, V] makes."""
+        e, c = (self.e.abs(), self.c.abs()) if absolute else (self.e, self.c)
+        of = {"e": lambda: dz @ c, "c": lambda: dz.T @ e, "b": lambda: dz.sum(0)}
+        return {side: of[side]() for side in self.sides}
+
+    def rounded(self, dz: Tensor) -> Tensor:
+        """dz as kernels keep it: in the inputs' dtype, in fp16 by a scale that saves small entries."""
+        scale = 1.0
+        if self.dtype == torch.float16 and self.largest > 0:
+            scale = 2.0 ** (12 - math.floor(math.log2(self.largest)))
+        return (dz * scale).to(self.dtype).double() / scale
+
+    def by_column(self, x: Tensor) -> Tensor:
+        """[tiles, N] as [N, V]."""
+        return x.double().T.repeat_interleave(TILE_COLUMNS, 1)[:, : self.dz.shape[1]]
+
+    def expected(self, weight: Tensor | None = None, unsure: Tensor | None = None) -> dict[str, Expected]:
+        """Gradients with dz weighed by tile and token, [tiles, N]. unsure: weights that may be there or not."""
+        dz, blur = self.dz, self.blur
+        if weight is not None and unsure is not None:
+            weight, unsure = self.by_column(weight), self.by_column(unsure)
+            dz, blur = dz * weight, blur * (weight + unsure) + dz.abs() * unsure
+        columns = self.products(dz), self.products(self.rounded(dz)), self.products(blur, absolute=True)
+        return {side: Expected(*(column[side] for column in columns)) for side in self.sides}
+
+    def passes_filter(self, eps: float) -> tuple[Tensor, Tensor]:
+        """What the paper's filter keeps, and where rounding decides: both [tiles, N]."""
+        distance = (self.p - torch.zeros_like(self.p).scatter_(1, self.label, 1.0)).abs_()
+        error = self.p * self.noise[:, None]
+
+        def kept(x: Tensor) -> Tensor:
+            by_token = by_tile(x.masked_fill(~self.live[:, None], 0.0)).amax(2).T
+            blocks = F.pad(by_token, (0, -len(x) % FILTER_ROWS)).unflatten(1, (-1, FILTER_ROWS)).amax(2)
+            return (blocks >= eps).repeat_interleave(FILTER_ROWS, 1)[:, : len(x)]
+
+        return kept(distance), kept(distance + error) & ~kept(distance - error)
+
+
+# ---- the checks ----
+
+
+class Trial:
+    """One case on one device, and what was found wrong."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        self.case, self.device = case, device
+        self.failures: list[str] = []
+        self.draws = 0
+
+    def run(self) -> None:
+        """Fills failures; whatever is raised is one as well."""
+        try:
+            self.p = Problem(self.case, self.device)
+            self.dense = Dense(self.case, self.p)
+            self.method = choose(self.case.impl, self.case.filter_eps, True, True, self.p.e.dtype)
+            self.check_forward()
+            if self.method.draws:
+                self.check_visits()
+            self.check_gradients()
+            if self.method.draws and not self.failures:
+                self.check_means()
+            if self.device == "cuda":
+                torch.cuda.synchronize()
+        except Exception as error:
+            self.failures.append(" ".join(f"{type(error).__name__}: {error}".split())[:300])
+
+    def expect(self, ok: bool | Tensor, otherwise: str) -> bool:
+        if not ok:
+            self.failures.append(otherwise)
+        return bool(ok)
+
+    def poison(self) -> None:
+        """Fill what the allocator hands out next with NaN, so that what a kernel does not write shows.
+
+        Of a CPU's memory we do not know what comes next, and torch fills new tensors in its deterministic mode alone.
+        """
+        if self.device == "cuda":
+            n, d, v = self.case.n, self.case.d, self.case.v
+            largest = 4 * (max(n, v) * (d + 8) + n * (v // 64 + 1024))
+            # Two NaN of bf16 are one of fp32, and one is one of fp16.
+            options = dict(dtype=torch.bfloat16, device="cuda")
+            blocks = [torch.full((2**k,), NAN, **options) for k in range(8, largest.bit_length()) for _ in range(6)]
+            del blocks
+
+    def forward(self, need_map: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        self.poison()
+        inputs = self.p.e, self.p.c, self.p.bias, self.p.labels
+        return torch.ops.cce.lce_forward(*inputs, None, softcap=self.case.softcap, need_map=need_map)
+
+    def backward(self, seed: Tensor, needs: str, in_fp64: bool = False) -> dict[str, Tensor]:
+        """The operator's. in_fp64: the portable one's, from copies of the inputs."""
+        self.poison()
+        self.draws += self.method.draws
+        p, op, inputs = self.p, torch.ops.cce.lce_backward, (self.p.e, self.p.c, self.p.bias)
+        if in_fp64:
+            op, inputs = torch.ops.cce.lce_backward_portable, (x if x is None else x.double() for x in inputs)
+        grads = op(
+            *(p.g_nll, p.g_lse, *inputs, p.labels, self.nll, self.lse, self.tile_map, seed),
+            softcap=self.case.softcap,
+            method=self.method.name,
+            eps=self.method.eps or 0.5,
+            **{name: side in needs for side, name in zip("ecb", ("need_e", "need_c", "need_bias"), strict=True)},
+        )
+        return {side: g for side, g in zip("ecb", grads, strict=True) if side in needs}
+
+    def function(self) -> tuple[Tensor, Tensor | None, dict[str, Tensor], Tensor]:
+        """Loss, lse and gradients as users get them, and the seed that is drawn on the way."""
+        self.poison()
+        case, p = self.case, self.p
+        torch.manual_seed(case.seed)
+        seed = torch.randint(2**63 - 1, (1,), device=self.device)
+        torch.manual_seed(case.seed)
+        tensors = zip("ecb", (p.e, p.c, p.bias), strict=True)
+        leaf = {k: None if x is None else x.detach().requires_grad_(k in case.needs) for k, x in tensors}
+        out = linear_cross_entropy(
+            leaf["e"].unflatten(0, (case.batch, -1)),
+            leaf["c"],
+            p.targets.unflatten(0, (case.batch, -1)),
+            leaf["b"],
+            return_lse=case.lse,
+            **{name: getattr(case, name) for name in ("softcap", "reduction", "shift", "filter_eps", "impl")},
+        )
+        loss, lse = out if case.lse else (out, None)
+        objective = (loss * (self.returned(p.loss_weight) if case.reduction == "none" else p.loss_weight)).sum()
+        if lse is not None:
+            objective = objective + (lse * self.returned(p.lse_weight)).sum()
+        self.poison()
+        self.draws += self.method.draws
+        grads = torch.autograd.grad(objective, [leaf[side] for side in case.needs])
+        return loss, lse, dict(zip(case.needs, grads, strict=True)), seed
+
+    def returned(self, x: Tensor) -> Tensor:
+        """[N] in the shape that the function returns."""
+        x = x.unflatten(0, (self.case.batch, -1))
+        return x[:, : x.shape[1] - self.case.shift]
+
+    def check_forward(self) -> None:
+        self.nll, self.lse, self.tile_map = self.forward()
+        dense, counts = self.dense, self.dense.counts
+        for name, x, exact in (("nll", self.nll, dense.nll), ("lse", self.lse, dense.lse)):
+            off = (x.double() - exact).abs()
+            self.expect((off <= dense.noise * counts).all(), f"{name} is off by {off.max():.2g}")
+        below = dense.peaks - self.tile_map.double()
+        # Down by an ulp of bf16, or as the portable way does it: by 2^-8 of the value, and then to the nearest.
+        most = dense.peaks.abs() * (2.0**-7 + 2.0**-15) + dense.noise
+        right = (below >= -dense.noise) & (below <= most) | ~counts
+        self.expect(right.all(), "the tile map is not the tiles' largest logits, rounded down")
+        first = self.nll, self.lse, self.tile_map, self.nll, self.lse
+        again = *self.forward(), *self.forward(need_map=False)[:2]
+        same = all(torch.equal(x, y) for x, y in zip(again, first, strict=True))
+        self.expect(same, "the forward is not the same twice")
+
+    def check_visits(self) -> None:
+        """Finds q [tiles, N]: a token expects 1/eps visits at most."""
+        self.q = visit_probabilities(self.tile_map - self.nll, log_visit_rate(self.method.eps)).double()
+        self.q.scatter_(0, self.dense.label.T // TILE_COLUMNS, 1.0)
+        visits = self.q.sum(0)[self.dense.live]
+        self.expect((visits <= 1.001 / self.method.eps).all(), "a token expects more than 1/eps visits")
+
+    def expected(self, seed: Tensor) -> dict[str, Expected]:
+        """The gradients of the method with this seed."""
+        if self.method.name == "exact":
+            return self.dense.expected()
+        if self.method.name == "threshold":
+            return self.dense.expected(*self.dense.passes_filter(self.method.eps))
+        # Another implementation's exponential may be the next number, and a chain's sum wrap at the next pair.
+        factors = (1.0, 1.0 - 2.0**-20, 1.0 + 2.0**-20)
+        visited, *others = (draw_visits(seed, 0, (self.q * x).float(), self.dense.live) for x in factors)
+        unsure = (visited ^ others[0]) | (visited ^ others[1])
+        return self.dense.expected(visited / self.q, unsure / self.q)
+
+    def check_gradients(self) -> None:
+        """The function's; the operator's with the same seed, and each side's alone; the portable way's in fp64."""
+        loss, lse, grads, seed = self.function()
+        self.check_loss(loss.detach(), lse)
+        want = self.expected(seed)
+        for side, g in grads.items():
+            self.compare(f"d{side}", g, want[side], self.p.e.dtype)
+        if "e" in grads:
+            self.expect((grads["e"][~self.dense.live] == 0).all(), "de of a token that does not count is not 0")
+        cpu, needs = self.device == "cpu", self.case.needs
+        for side, g in self.backward(seed, needs).items():
+            self.compare_runs(f"d{side} again", g, grads[side], want[side], bitwise=cpu or side != "e")
+        for side in needs if len(needs) > 1 else "":
+            bitwise = cpu or (side == "c" and self.method.draws)
+            self.compare_runs(f"d{side} alone", self.backward(seed, side)[side], grads[side], want[side], bitwise)
+        for side, g in self.backward(seed, needs, in_fp64=True).items():
+            self.compare(f"d{side} of the portable way in fp64", g, want[side], torch.float64)
+
+    def check_loss(self, loss: Tensor, lse: Tensor | None) -> None:
+        exact, slack = self.returned(self.dense.nll), self.returned(self.dense.noise * self.dense.counts)
+        if self.case.reduction != "none":
+            count = self.dense.counts.sum() if self.case.reduction == "mean" else 1
+            exact, slack = exact.sum() / count, slack.sum() / count  # a mean of nothing is NaN
+        right = ((loss - exact).abs() <= slack) | (loss.isnan() & exact.isnan())
+        self.expect(right.all(), "the loss is off")
+        if lse is not None:
+            self.expect(torch.equal(lse, self.returned(self.lse)), "lse is not the operator's")
+
+    def compare(self, name: str, got: Tensor, want: Expected, dtype: torch.dtype) -> None:
+        """The rule of tests/problems.py, with dense torch at its best: at most twice the error of rounding dz.
+
+        On top of one rounding of the result, and of what fp32 may do to logits and sums.
+        """
+        good = got.dtype == dtype and got.shape == want.exact.shape and bool(got.isfinite().all())
+        if not self.expect(good, f"{name} is not finite, or not {dtype} {list(want.exact.shape)}"):
+            return
+        ours = ((got.double() - want.exact).abs() - want.slack - half_ulp(want.exact, dtype)).clamp(min=0)
+        theirs = (want.rounded - want.exact).abs() * (dtype == self.p.e.dtype)
+        ok = ours.norm() <= 2 * theirs.norm() and ours.max() <= 2 * theirs.max()
+        self.expect(ok, f"{name} is off by {(got - want.exact).norm() / want.exact.norm():.2g}")
+
+    def compare_runs(self, name: str, got: Tensor, other: Tensor, want: Expected, bitwise: bool) -> None:
+        """Two runs: the same bits, or sums in another order, which may round an element the other way."""
+        if bitwise:
+            self.expect(torch.equal(got, other), f"{name} has other bits")
+            return
+        allowed = 2e-3 * other.double().norm() + 2 * half_ulp(other.double(), other.dtype).max() + want.slack.norm()
+        self.expect((got.double() - other).norm() <= allowed, f"{name} is another")
+
+    def check_means(self) -> None:
+        """The mean over consecutive seeds is the gradient. Chance makes suspects: other, more draws decide on them."""
+        if ((self.q == 1) | ~self.dense.live).all():
+            return
+        draws = 16 if self.case.v * self.case.d < 2e6 else 8
+        first = self.case.seed * 128
+        suspects = self.far_means(range(first, first + draws), SUSPECT)
+        if suspects:
+            suspects &= self.far_means(range(first + draws, first + 5 * draws), WRONG)
+        self.failures += [f"{name} is biased" for name in sorted(suspects)]
+
+    def far_means(self, seeds: range, sigmas: float) -> set[str]:
+        """Names of the means, of the gradients and of parts of them, that are further off than chance explains.
+
+        They are means along a direction u: that of what is sampled, along which a wrong weight shows, and a random one.
+        Of pairs drawn one by one, each adding h/q or nothing, a mean of K draws is off by more than z s + z^2/3 b with
+        probability 2 exp(-z^2/2), s^2 = sum h^2 (1/q - 1) / K, b = max h/q / K (Bernstein's inequality). Pairs are
+        drawn in chains: the draws' own variance counts where it is larger.
+        """
+        dense, q = self.dense, self.dense.by_column(self.q)
+        sampled = dense.dz * (q < 1)
+        # Rounding dz is the same in each draw that visits: a mean keeps it.
+        kept = dense.products(dense.rounded(dense.dz / q) * q)
+        main, want = dense.products(sampled), dense.expected()
+        draws = [self.backward(torch.tensor([k], device=self.device), dense.sides) for k in seeds]
+        far = set()
+        for side, (exact, _, slack) in want.items():
+            error = 2 * (kept[side] - exact).abs() + slack + half_ulp(exact, self.p.e.dtype)
+            parts = parts_of(len(per_unit(side, exact)), self.device)
+            error = (parts @ per_unit(side, error.square())).sqrt()
+            signs = torch.where(self.p.uniform(*exact.shape) < 0.5, 1.0, -1.0).double()
+            # What rounding may add along u: all of it (Cauchy and Schwarz), or along a random one its share.
+            most = error * (parts @ per_unit(side, main[side].square())).sqrt()
+            for name, u, tolerance in ((f"d{side}", main[side], most), (f"d{side} at random", signs, WRONG * error)):
+                along = u @ dense.c.T if side == "e" else dense.e @ u.T if side == "c" else u
+                pairs = by_tile(sampled * along).sum(2).T
+                others = 0 if side == "e" else 1
+                variance = parts @ (pairs.square() * (1 / self.q - 1)).sum(others)
+                jump = (parts * (pairs.abs() / self.q).amax(others)).amax(1) / len(seeds)
+                off = torch.stack([per_unit(side, (draw[side] - exact) * u) for draw in draws]) @ parts.T
+                spread = (torch.maximum(variance, off.var(0)) / len(seeds)).sqrt()
+                too_far = off.mean(0).abs() > sigmas * spread + sigmas**2 / 3 * jump + tolerance
+                far |= {f"{name}, part {k}," for k in too_far.nonzero()[:, 0].tolist()}
+        return far
+
+
+def half_ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far x is moved at most when it is rounded. Below fp32's smallest numbers exponentials are 0."""
+    info = torch.finfo(dtype)
+    return info.eps / 2 * x.abs() + max(info.tiny * info.eps / 2, 1e-37)
+
+
+def parts_of(count: int, device: str) -> Tensor:
+    """[11, count], which units make a part: all, the first, the last, and eight runs of neighbours."""
+    unit = torch.arange(count, device=device)
+    eighths = [unit * 8 // count == k for k in range(8)]
+    return torch.stack([unit >= 0, unit == 0, unit == count - 1, *eighths]).double()
+
+
+# ---- the run ----
+
+
+def device_is_lost(device: str) -> bool:
+    """After a bad access every call of CUDA fails."""
+    try:
+        if device == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def fuzz(cases: Iterable[Case], device: str, seconds: float, total: int | None) -> int:
+    """Runs cases until the time is up and prints what fails, and a table. Returns how many failed."""
+    tally: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    start = time.monotonic()
+    with tqdm(total=total, unit="case") as bar:
+        for case in cases:
+            begin = time.monotonic()
+            trial = Trial(case, device)
+            trial.run()
+            now = time.monotonic()
+            counts = dict(cases=1, draws=trial.draws, failures=bool(trial.failures), seconds=now - begin)
+            tally[case.impl, case.dtype].update(counts)
+            bar.update()
+            if trial.failures:
+                tqdm.write(f"{case.command(device)}  # {'; '.join(trial.failures)}")
+                if device_is_lost(device):
+                    tqdm.write("the device is lost: the run ends")
+                    break
+            if now - start >= seconds:
+                break
+    total_row: Counter[str] = sum(tally.values(), Counter())
+    print(f"{'impl':<15}{'dtype':<10}{'cases':>8}{'draws':>10}{'failures':>10}{'seconds':>9}")
+    for (impl, dtype), row in [*sorted(tally.items()), (("all", ""), total_row)]:
+        counts = f"{row['cases']:>8}{row['draws']:>10}{row['failures']:>10}{row['seconds']:>9.0f}"
+        print(f"{impl:<15}{dtype:<10}{counts}")
+    return total_row["failures"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--seconds", type=float, default=600.0, help="no case begins after them")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cases", type=int, help="stop after so many")
+    parser.add_argument("--case", type=lambda text: Case(**json.loads(text)), metavar="JSON", help="this one alone")
+    args = parser.parse_args(arguments)
+    there = HAS_CUDA and torch.cuda.is_available()
+    device = args.device if args.device != "auto" else "cuda" if there else "cpu"
+    if device == "cuda" and not there:
+        print("no CUDA device, or cce_ext was built without its CUDA kernels", file=sys.stderr)
+        return 2
+    if device == "cpu":
+        torch.set_num_threads(1)  # for cases so small threads would wait for each other
+    numbers = itertools.count() if args.cases is None else range(args.cases)
+    cases = (draw_case(args.seed, k, device) for k in numbers) if args.case is None else [args.case]
+    return int(fuzz(cases, device, args.seconds, args.cases if args.case is None else 1) > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
