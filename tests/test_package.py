@@ -261,7 +261,10 @@ def test_from_a_clone_and_from_elsewhere(clone, editable, tmp_path):
     assert (clone / "cce_ext" / "_C.abi3.so").exists()
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    loss = "import cce_ext, torch; print(cce_ext.linear_cross_entropy(torch.ones(2, 4), torch.ones(3, 4), torch.tensor([0, 2])), cce_ext.__file__)"
+    loss = (
+        "import cce_ext, torch; e, c, t = torch.ones(2, 4), torch.ones(3, 4), torch.tensor([0, 2]); "
+        "print(cce_ext.linear_cross_entropy(e, c, t), cce_ext.__file__)"
+    )
     for folder in (clone, elsewhere):
         answer = run(python, folder, "-c", loss)
         assert answer.startswith("tensor(1.0986)")
