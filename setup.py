@@ -64,6 +64,11 @@ class CMakeBuild(build_ext):
         arguments.append("-UCMAKE_CUDA_COMPILER")
         run_cmake("configure", *arguments)
         run_cmake("build", "--build", str(build), "--parallel", str(jobs))
+        # From the root of a clone Python finds the package's own folder before the installed one, so that the
+        # library has to be there as well.
+        in_tree = ROOT / "cce_ext" / library.name
+        if library != in_tree:
+            shutil.copy2(library, in_tree)
 
 
 class Wheel(bdist_wheel):

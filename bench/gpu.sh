@@ -2,7 +2,7 @@
 # Everything that wants a GPU, within a time limit and without a network: the gpu tests, random configurations,
 # compute-sanitizer, the benchmark and its plot. `bench/gpu.sh SECONDS [arguments of python -m bench..]`, for instance
 #   bench/gpu.sh 900 --shape gemma2 llama3 gpt2
-# A library that is there already (src/cce_ext/_C.abi3.so) is used, else it is built with CMake. Logs and results go to
+# A library that is there already (cce_ext/_C.abi3.so) is used, else it is built with CMake. Logs and results go to
 # $OUT, or to bench/results; PYTHON names the interpreter, COMPUTE_SANITIZER the tool where it is not on the PATH, COMMIT
 # the commit where there is no git to ask. FUZZ_SECONDS (60) is how long random configurations are tried, at most half of
 # the time that is left.
@@ -19,7 +19,6 @@ shift
 readonly out=${OUT:-bench/results}
 readonly python=${PYTHON:-python3}
 mkdir -p "$out"
-export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
 SECONDS=0
 table=""
 failed=0
@@ -53,8 +52,8 @@ part() {
 # summary LOG: the last line that says something.
 summary() { tr '\r' '\n' <"$1" | grep -v '^[[:space:]]*$' | tail -n 1 | cut -c 1-100; }
 
-if [[ -e src/cce_ext/_C.abi3.so ]]; then
-  row "build" "ok" "carried: src/cce_ext/_C.abi3.so"
+if [[ -e cce_ext/_C.abi3.so ]]; then
+  row "build" "ok" "carried: cce_ext/_C.abi3.so"
 else
   part "build" 50 bash -c "cmake -S . -B build/gpu -DCCE_CUDA=ON && cmake --build build/gpu --parallel"
 fi

@@ -12,7 +12,7 @@ SOURCES = sorted(path for path in CSRC.rglob("*") if path.is_file())
 
 # What operators may know of the launch layer: its interface, never a kernel.
 LAUNCH_INTERFACE = {"launch/launch.h", "launch/params.h", "launch/heuristics.h"}
-MAX_LINES = {"kernels": 400, "ptx": 150}
+MAX_LINES = {"kernels": 400, "ptx": 260}
 
 
 def violations(name: str, text: str) -> list[str]:

@@ -199,3 +199,81 @@ def test_wheel_tag(library):
     assert re.findall(r"^Tag: (.*)$", metadata, re.MULTILINE)[0].startswith("py3-none-")
     assert "Root-Is-Purelib: false" in metadata
     assert "Tag: py3-none-any" not in metadata
+
+
+# ---- a clone, and where its tools can be run from ----
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """The tree as a clone has it: what git tracks, with nothing built in it."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("this is no git clone")
+    if shutil.which("cmake") is None:
+        pytest.skip("cmake is not installed")
+    folder = tmp_path_factory.mktemp("clone") / "cce_ext"
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, tracked.split("\0")):
+        if (ROOT / name).is_file():  # not what the working tree has deleted
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+def environment_without_cce(folder: Path) -> Path:
+    """The interpreter of a new environment that has this one's packages, but installs its own cce_ext before them."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    python = folder / "bin" / "python"
+    own = subprocess.run(
+        [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    inherited = [path for path in sys.path if path.endswith("site-packages")]
+    Path(own, "inherited.pth").write_text("\n".join(inherited))
+    return python
+
+
+def run(python: Path, folder: Path, *arguments: str) -> str:
+    kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    done = subprocess.run(
+        [str(python), *arguments], cwd=folder, env=kept | {"CCE_CUDA": "OFF"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{arguments} in {folder}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def test_a_clone_without_its_library_says_so(clone):
+    done = subprocess.run([sys.executable, "-c", "import cce_ext"], cwd=clone, capture_output=True, text=True)
+    assert done.returncode != 0 and "run `pip install .`" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("editable", [False, True], ids=["pip install .", "pip install -e ."])
+def test_from_a_clone_and_from_elsewhere(clone, editable, tmp_path):
+    if importlib.util.find_spec("setuptools.command.bdist_wheel") is None:
+        pytest.skip("this setuptools is too old to build the package: pip isolates the build from it")
+    (clone / "cce_ext" / "_C.abi3.so").unlink(missing_ok=True)
+    python = environment_without_cce(tmp_path / "environment")
+    install = ["-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    run(Path(sys.executable), clone, *install, *(["-e"] if editable else []), ".")
+    assert (clone / "cce_ext" / "_C.abi3.so").exists()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    loss = (
+        "import cce_ext, torch; e, c, t = torch.ones(2, 4), torch.ones(3, 4), torch.tensor([0, 2]); "
+        "print(cce_ext.linear_cross_entropy(e, c, t), cce_ext.__file__)"
+    )
+    for folder in (clone, elsewhere):
+        answer = run(python, folder, "-c", loss)
+        assert answer.startswith("tensor(1.0986)")
+        assert answer.rstrip().endswith(str(Path("cce_ext", "__init__.py")))
+        assert (str(clone) in answer) == (folder == clone or editable)
+        assert "--device" in run(python, folder, "-m", "cce_ext", "--help")
+    for arguments in (
+        ["-m", "bench", "--help"],
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_layers.py"],
+        ["examples/train.py", "--help"],
+    ):
+        run(python, clone, *arguments)

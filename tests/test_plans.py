@@ -160,7 +160,7 @@ def test_the_exact_backward_keeps_to_its_memory(host, d, v):
 @shapes
 def test_visits_have_room(host, gpu, shape):
     n, d, v = shape
-    plan = host.plan_visits(n, d, v, True, True, False, 36 * 1024, *gpu)
+    plan = host.plan_visits(n, d, v, True, True, False, *gpu)
     tiles = -(-v // 128)
     # Every pair visited: the most that there can be.
     assert plan["capacity"] >= n and plan["buffer"] == plan["capacity"] + n
@@ -170,7 +170,7 @@ def test_visits_have_room(host, gpu, shape):
     lenders = tiles - plan["first_borrowed"]
     assert plan["max_items"] >= (tiles + lenders) * -(-n // 128) + most + -(-n // 64)
     assert plan["words"] * 32 >= n and plan["words"] % 4 == 0
-    assert host.plan_visits(n, d, v, True, False, False, 0, *gpu)["slices"] == 0
+    assert host.plan_visits(n, d, v, True, False, False, *gpu)["slices"] == 0
 
 
 @gpus
@@ -178,7 +178,7 @@ def test_visits_have_room(host, gpu, shape):
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
 def test_the_sums_of_e_lie_in_rows_that_are_written_last(host, gpu, shape, needs):
     n, d, v = shape
-    plan = host.plan_visits(n, d, v, *needs, False, 0, *gpu)
+    plan = host.plan_visits(n, d, v, *needs, False, *gpu)
     tiles, lent = -(-v // 128), plan["first_borrowed"]
     assert lent == tiles or all(needs)
     assert (lent < tiles) == (all(needs) and v >= 12 * n)

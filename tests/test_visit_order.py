@@ -137,11 +137,11 @@ class Broken:
 
 def no_wait_for_the_rounding(plan: Broken) -> None:
     """0.1.0: dC of a tile that has lent its rows waits for its dz alone, of which an unvisited one has none."""
-    plan.change(plan.of("classifier"), "need2", plan.host.kNoGate)
+    plan.change(plan.of("grad_c"), "need2", plan.host.kNoGate)
 
 
 def dc_does_not_wait_for_dz(plan: Broken) -> None:
-    plan.change(plan.of("classifier"), "need", plan.host.kNoGate)
+    plan.change(plan.of("grad_c"), "need", plan.host.kNoGate)
 
 
 def the_ring_is_not_waited_for(plan: Broken) -> None:
@@ -169,13 +169,13 @@ def two_buffers_instead_of_three(plan: Broken) -> None:
 
 
 def a_slice_is_written_twice(plan: Broken) -> None:
-    row = np.flatnonzero(plan.of("classifier"))[-1]
+    row = np.flatnonzero(plan.of("grad_c"))[-1]
     plan.items = np.vstack([plan.items, plan.items[row]])
     plan.pending[plan.items[row, plan.column("gate")]] += 1
 
 
 def an_item_is_lost(plan: Broken) -> None:
-    row = np.flatnonzero(plan.of("classifier"))[-1]
+    row = np.flatnonzero(plan.of("grad_c"))[-1]
     plan.pending[plan.items[row, plan.column("gate")]] -= 1
     plan.items = np.delete(plan.items, row, 0)
 

@@ -8,49 +8,38 @@
 
 namespace cce {
 
-// Bias, softcap and the end of the vocabulary, applied to a warp's sums.
-template <typename Element, typename Product>
-__device__ __forceinline__ void finish_logits(Product& product, int first_column, const Element* bias,
+// Bias, softcap and the end of the vocabulary, applied to a lane's sums. first_column: the lane's own.
+template <typename Element, typename Sums>
+__device__ __forceinline__ void finish_logits(Sums& sums, int first_column, const Element* bias,
                                               int64_t bias_stride, const Softcap& softcap, int columns) {
-  constexpr int kMTiles = Product::kRows, kNTiles = Product::kColumns;
   if (bias != nullptr) {
     const Element* pair = bias + first_column * bias_stride;
 #pragma unroll
-    for (int j = 0; j < kNTiles; ++j, pair += 8 * bias_stride) {
+    for (int c = 0; c < Sums::kColumns; c += 2) {
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        const int column = first_column + 8 * j + k;
-        const float b = column < columns ? widen<float>(pair[k * bias_stride]) : 0.0f;
+      for (int side = 0; side < 2; ++side) {
+        const int column = first_column + Sums::column_offset(c + side);
+        const float b = column < columns ? widen<float>(pair[side * bias_stride]) : 0.0f;
 #pragma unroll
-        for (int i = 0; i < kMTiles; ++i) {
-          product.sums[i][j][k] += b;
-          product.sums[i][j][k + 2] += b;
-        }
+        for (int r = 0; r < Sums::kRows; ++r) sums.at(r, c + side) += b;
       }
+      // From pair to pair, since an offset for each would be a product of 64 bits.
+      pair += (Sums::column_offset(2) - Sums::column_offset(0)) * bias_stride;
     }
   }
   if (softcap.present()) {
 #pragma unroll
-    for (int i = 0; i < kMTiles; ++i) {
+    for (int r = 0; r < Sums::kRows; ++r) {
 #pragma unroll
-      for (int j = 0; j < kNTiles; ++j) {
-#pragma unroll
-        for (int r = 0; r < 4; ++r) product.sums[i][j][r] = softcap.apply(product.sums[i][j][r]);
-      }
+      for (int c = 0; c < Sums::kColumns; ++c) sums.at(r, c) = softcap.apply(sums.at(r, c));
     }
   }
-  if (first_column + 8 * kNTiles > columns) {
+  if (first_column + Sums::kWarpColumns > columns) {
 #pragma unroll
-    for (int j = 0; j < kNTiles; ++j) {
+    for (int c = 0; c < Sums::kColumns; ++c) {
+      if (first_column + Sums::column_offset(c) < columns) continue;
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        if (first_column + 8 * j + k < columns) continue;
-#pragma unroll
-        for (int i = 0; i < kMTiles; ++i) {
-          product.sums[i][j][k] = -INFINITY;
-          product.sums[i][j][k + 2] = -INFINITY;
-        }
-      }
+      for (int r = 0; r < Sums::kRows; ++r) sums.at(r, c) = -INFINITY;
     }
   }
 }

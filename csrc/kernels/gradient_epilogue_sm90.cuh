@@ -3,9 +3,9 @@
 #include <cstdint>
 
 #include "kernels/finish_logits.cuh"
-#include "kernels/gradient_block.cuh"
+#include "kernels/gradient.cuh"
 #include "kernels/logits_sm90_config.h"
-#include "ptx/barrier.cuh"
+#include "ptx/sync.cuh"
 
 namespace cce {
 
@@ -23,55 +23,56 @@ class GradientEpilogueSm90 {
   }
   __device__ __forceinline__ void finish(int) {}
 
-  template <typename Product>
-  __device__ __forceinline__ void block(Product& product, int column_block) {
+  template <typename Sums>
+  __device__ __forceinline__ void block(Sums& sums, int column_block) {
     const int column0 = column_block * LogitsSm90::kColumns;
-    finish_logits(product, column0 + lane() % 4 * 2, a_.bias, a_.bias_stride, a_.softcap, a_.columns);
+    finish_logits(sums, column0 + Sums::first_column(lane()), a_.bias, a_.bias_stride, a_.softcap,
+                  a_.columns);
     if (a_.softcap.present()) {
-      write<true>(product, column0);
+      write<true>(sums, column0);
     } else {
-      write<false>(product, column0);
+      write<false>(sums, column0);
     }
   }
 
  private:
-  template <bool kSoftcap, typename Product>
-  __device__ __forceinline__ void write(const Product& product, int column0) const {
-    constexpr int kTiles = Product::kColumns / 2;
+  template <bool kSoftcap, typename Sums>
+  __device__ __forceinline__ void write(const Sums& sums, int column0) const {
+    constexpr int kCount = Sums::kColumns / 2;  // of a vocab tile
     static_assert(LogitsSm90::kRows == kFilterBlockRows && LogitsSm90::kColumns == 2 * kTileColumns,
                   "two blocks of the filter");
 #pragma unroll
-    for (int first = 0; first < 2 * kTiles; first += kTiles) {
-      const bool keep = !kFilter || keeps<kTiles>(product, first, column0);
+    for (int first = 0; first < 2 * kCount; first += kCount) {
+      const bool keep = !kFilter || keeps<kCount>(sums, first, column0);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const bool inside = row(half) < a_.n;
-        Element* out = a_.dz + row(half) * a_.stride + column0;
+      for (int r = 0; r < Sums::kRows; ++r) {
+        const bool inside = row(r) < a_.n;
+        Element* out = a_.dz + row(r) * a_.stride + column0;
         if (keep) {
-          const GradientRow g = gradient_row(a_, row(half));
-          write_gradient<kTiles, kSoftcap>(product, 0, half, first, g, label(g, column0), inside, out, a_);
+          const GradientRow g = load_gradient_row(a_, row(r));
+          write_gradient<kCount, kSoftcap>(sums, r, first, g, label(g, column0), inside, out, a_);
         } else {
-          write_zeros<kTiles>(first, inside, out);
+          write_zeros<kCount, Sums>(first, inside, out);
         }
       }
     }
   }
 
-  // Whether the filter keeps the vocab tile whose first tile is given.
-  template <int kTiles, typename Product>
-  __device__ __forceinline__ bool keeps(const Product& product, int first, int column0) const {
+  // Whether the filter keeps the vocab tile whose first column is given.
+  template <int kCount, typename Sums>
+  __device__ __forceinline__ bool keeps(const Sums& sums, int first, int column0) const {
     bool passes = false;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const GradientRow g = gradient_row(a_, row(half));
-      passes |= passes_filter<kTiles>(product, 0, half, first, g, label(g, column0), a_);
+    for (int r = 0; r < Sums::kRows; ++r) {
+      const GradientRow g = load_gradient_row(a_, row(r));
+      passes |= passes_filter<kCount>(sums, r, first, g, label(g, column0), a_);
     }
     return ptx::any_at_barrier<1, LogitsSm90::kConsumers * LogitsSm90::kWarpgroupThreads>(passes);
   }
 
   // One of the lane's two rows, and where its label is, counted from the lane's first column. Computed where
   // they are wanted: the product takes all registers.
-  __device__ __forceinline__ int row(int half) const { return row0_ + lane() / 4 + 8 * half; }
+  __device__ __forceinline__ int row(int r) const { return row0_ + lane() / 4 + 8 * r; }
   __device__ __forceinline__ int label(const GradientRow& g, int column0) const {
     return g.label - a_.first_column - column0 - lane() % 4 * 2;
   }

@@ -3,7 +3,7 @@
 #include <cstdint>
 
 #include "kernels/copy_rows.cuh"
-#include "kernels/store_block.cuh"
+#include "kernels/gradient.cuh"
 #include "kernels/visit_plan.h"
 #include "kernels/visits_config.h"
 #include "tile/gradient_row.cuh"
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kVisitThreads, 1)
   // Finish
   stream.close();
   const GradientScale<Element> scale(a.control->largest);
-  store_block(product, a.out, column0 + first_m, a.columns, d0 + first_n, a.d, scale.inverse, lane);
+  store_block(product.sums, a.out, column0 + first_m, a.columns, d0 + first_n, a.d, scale.inverse, lane);
 }
 
 }  // namespace cce

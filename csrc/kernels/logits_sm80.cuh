@@ -17,7 +17,7 @@ struct LogitsOperands {
   Rows<Element> e, c;
   int d;
   int stages;
-  ForwardSchedule schedule;
+  LogitsSchedule schedule;
   // Of the schedule and d, counted on the host: the kernel has no register left to keep them.
   int units;
   int steps;
@@ -58,7 +58,7 @@ class LogitsLoader {
 
   __device__ __forceinline__ void begin_unit() {
     if (unit_index_ >= operands_.units) return;
-    const ForwardUnit unit = operands_.schedule.unit(unit_index_);
+    const LogitsUnit unit = operands_.schedule.unit(unit_index_);
     row_ = unit.row_block * kLogitsRows;
     column_ = unit.first_column_block * kLogitsColumns;
     end_column_ = unit.end_column_block * kLogitsColumns;
@@ -75,7 +75,7 @@ template <typename Element>
 using LogitsProduct = WarpProduct<Element, kLogitsRows / kLogitsWarpsM / 16,
                                   kLogitsColumns / kLogitsWarpsN / 8, Major::kK, Major::kK>;
 
-// Epilogue: begin(unit), then for each block of columns block(product, column_block), then finish(unit); it
+// Epilogue: begin(unit), then for each block of columns block(sums, column_block), then finish(unit); it
 // may use its exchange memory and block-wide barriers.
 template <typename Element, typename Epilogue>
 __global__ void __launch_bounds__(kLogitsThreads, 1)
@@ -96,12 +96,12 @@ __global__ void __launch_bounds__(kLogitsThreads, 1)
   LogitsProduct<Element> product(thread % kWarpLanes, warp / kLogitsWarpsN * (kLogitsRows / kLogitsWarpsM),
                                  warp % kLogitsWarpsN * (kLogitsColumns / kLogitsWarpsN));
   for (int index = blockIdx.x; index < operands.units; index += gridDim.x) {
-    const ForwardUnit unit = operands.schedule.unit(index);
+    const LogitsUnit unit = operands.schedule.unit(index);
     epilogue.begin(unit);
     for (int block = unit.first_column_block; block < unit.end_column_block; ++block) {
       product.clear();
       multiply_stages<kLogitsTileE>(product, stream, operands.steps);
-      epilogue.block(product, unit, block, shared + (stream.stage() - ring));
+      epilogue.block(product.sums, unit, block, shared + (stream.stage() - ring));
     }
     // Finish
     epilogue.finish(unit);

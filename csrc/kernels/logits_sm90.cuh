@@ -2,14 +2,12 @@
 
 #include <cuda.h>
 
+#include <cstddef>
 #include <cstdint>
 
 #include "kernels/logits_sm90_config.h"
-#include "ptx/cluster.cuh"
-#include "ptx/mbarrier.cuh"
-#include "ptx/setmaxnreg.cuh"
-#include "ptx/tma.cuh"
-#include "ptx/wgmma.cuh"
+#include "ptx/hopper.cuh"
+#include "tile/mma_sums.cuh"
 #include "tile/schedule.h"
 
 // The product E C^T on Hopper's copy engine and wgmma, block by block and never written: an epilogue takes
@@ -22,8 +20,8 @@
 namespace cce {
 
 struct LogitsSm90Operands {
-  CUtensorMap e, c;          // boxes of [128 or 256 / cluster rows][64 elements]
-  ForwardSchedule schedule;  // its rows: kCluster blocks of rows each
+  CUtensorMap e, c;         // boxes of [128 or 256 / cluster rows][64 elements]
+  LogitsSchedule schedule;  // its rows: kCluster blocks of rows each
   int units;
   int steps;  // stages that D takes
 };
@@ -41,20 +39,24 @@ struct RingPlace {
   }
 };
 
-// The ring in shared memory: addresses of stages and of their barriers. full: the bytes of a stage are there;
-// empty: all consumers that read what this block sends are done with it.
+// The ring in shared memory: addresses of stages and of their barriers.
 struct Ring {
-  uint32_t base;
+  uint32_t base;  // of a LogitsSm90Shared
 
-  __device__ __forceinline__ uint32_t tile_e(int slot) const {
-    return base + LogitsSm90Memory::kStages + slot * LogitsSm90::kStageBytes;
+  __device__ __forceinline__ uint32_t stage(int slot) const {
+    return base + offsetof(LogitsSm90Shared, stages) + slot * sizeof(LogitsSm90Shared::Stage);
   }
-  __device__ __forceinline__ uint32_t tile_c(int slot) const { return tile_e(slot) + LogitsSm90::kTileE; }
+  __device__ __forceinline__ uint32_t tile_e(int slot) const {
+    return stage(slot) + offsetof(LogitsSm90Shared::Stage, e);
+  }
+  __device__ __forceinline__ uint32_t tile_c(int slot) const {
+    return stage(slot) + offsetof(LogitsSm90Shared::Stage, c);
+  }
   __device__ __forceinline__ uint32_t full(int slot) const {
-    return base + LogitsSm90Memory::kFull + slot * 8;
+    return base + offsetof(LogitsSm90Shared, full) + slot * sizeof(uint64_t);
   }
   __device__ __forceinline__ uint32_t empty(int slot) const {
-    return base + LogitsSm90Memory::kEmpty + slot * 8;
+    return base + offsetof(LogitsSm90Shared, empty) + slot * sizeof(uint64_t);
   }
 };
 
@@ -71,7 +73,7 @@ __device__ __forceinline__ void produce_logits_stages(const LogitsSm90Operands& 
 
   RingPlace place;
   for (int index = blockIdx.x / kCluster; index < operands.units; index += gridDim.x / kCluster) {
-    const ForwardUnit unit = operands.schedule.unit(index);
+    const LogitsUnit unit = operands.schedule.unit(index);
     const int row = (unit.row_block * kCluster + rank) * LogitsSm90::kRows;
     for (int block = unit.first_column_block; block < unit.end_column_block; ++block) {
       const int column = block * LogitsSm90::kColumns + rank * kColumnsOfBlock;
@@ -80,8 +82,8 @@ __device__ __forceinline__ void produce_logits_stages(const LogitsSm90Operands& 
         const uint32_t tile_e = ring.tile_e(place.slot);
         const uint32_t tile_c = ring.tile_c(place.slot) + rank * kColumnsOfBlock * kRowBytes;
         const int depth = step * LogitsSm90::kDepth;
-        // Until the slot is free, in all blocks of the cluster. Of a new barrier the phase before the first
-        // counts as ended: the first round waits for nobody.
+        // Waits until the slot is free in all blocks of the cluster. The first round waits for nobody: on a
+        // new barrier the phase of the other parity counts as ended.
         ptx::mbarrier_wait(ring.empty(place.slot), place.parity ^ 1);
         // The other block's part may arrive sooner: the phase does not end without this arrival.
         ptx::mbarrier_arrive_expect(full, LogitsSm90::kStageBytes);
@@ -97,27 +99,16 @@ __device__ __forceinline__ void produce_logits_stages(const LogitsSm90Operands& 
   }
 }
 
-// A consumer's part of a block's product, in the form that finish_logits() takes: sums[0][j]: rows lane / 4
-// (elements 0, 1) and 8 below (2, 3) of the warp's 16, columns 8 j + 2 (lane % 4) and the next.
+// A consumer warp's part of a block's product: 16 rows of all the block's columns.
 template <typename Element, int kCluster>
 struct WarpgroupProduct {
-  static constexpr int kRows = 1, kColumns = LogitsSm90::kColumns / 8;  // in tiles
-
-  float sums[kRows][kColumns][4];
-
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-#pragma unroll
-      for (int r = 0; r < 4; ++r) sums[0][j][r] = 0.0f;
-    }
-  }
+  MmaSums<1, LogitsSm90::kColumns / 8> sums;
 
   // The sums over the next `steps` stages, whatever they held before. One stage's products are under way
   // while the next stage's are sent after them; a stage is given back one step later.
   __device__ __forceinline__ void multiply(const Ring& ring, RingPlace& place, int steps, int consumer) {
     int previous = 0;
-    ptx::wgmma_hold(sums[0]);
+    ptx::wgmma_hold(sums.tiles[0]);
     for (int step = 0; step < steps; ++step) {
       ptx::mbarrier_wait(ring.full(place.slot), place.parity);
       const uint64_t e =
@@ -126,8 +117,8 @@ struct WarpgroupProduct {
       ptx::wgmma_fence();
 #pragma unroll
       for (int part = 0; part < LogitsSm90::kDepth / 16; ++part) {
-        ptx::wgmma_m64n256k16<Element>(sums[0], e + part * ptx::kWgmmaNextK, c + part * ptx::kWgmmaNextK,
-                                       step > 0 || part > 0);
+        ptx::wgmma_m64n256k16<Element>(sums.tiles[0], e + part * ptx::kWgmmaNextK,
+                                       c + part * ptx::kWgmmaNextK, step > 0 || part > 0);
       }
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();
@@ -136,7 +127,7 @@ struct WarpgroupProduct {
       place.advance();
     }
     ptx::wgmma_wait<0>();
-    ptx::wgmma_hold(sums[0]);
+    ptx::wgmma_hold(sums.tiles[0]);
     release(ring, previous);
   }
 
@@ -152,15 +143,15 @@ struct WarpgroupProduct {
   }
 };
 
-// Epilogue: begin(row block), then for each block of columns block(product, column block), then
-// finish(split). It belongs to a warp of a consumer, and its warps share nothing.
+// Epilogue: begin(row block), then for each block of columns block(sums, column block), then finish(split).
+// Each consumer warp has its own; where they meet, as the filter's do, it is at a barrier of all consumers.
 template <typename Element, typename Epilogue, int kCluster, bool kCacheHints>
 __global__ void __launch_bounds__(LogitsSm90::kThreads, 1)
     logits_sm90_kernel(const __grid_constant__ LogitsSm90Operands operands,
                        const __grid_constant__ typename Epilogue::Arguments arguments) {
   // Setup
   extern __shared__ unsigned char memory[];
-  constexpr uint32_t kAlignment = LogitsSm90Memory::kAlignment;
+  constexpr uint32_t kAlignment = LogitsSm90Shared::kAlignment;
   const auto begin = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
   const Ring ring = {(begin + kAlignment - 1) / kAlignment * kAlignment};
   if (threadIdx.x == 0) {
@@ -191,14 +182,16 @@ __global__ void __launch_bounds__(LogitsSm90::kThreads, 1)
     const int rank = kCluster == 1 ? 0 : static_cast<int>(ptx::cluster_rank());
     Epilogue epilogue(arguments);
     WarpgroupProduct<Element, kCluster> product;
-    product.clear();
+    // The first product of a block overwrites the sums; but registers that hold nothing yet must not be an
+    // operand of wgmma.
+    product.sums.clear();
     RingPlace place;
     for (int index = blockIdx.x / kCluster; index < operands.units; index += gridDim.x / kCluster) {
-      const ForwardUnit unit = operands.schedule.unit(index);
+      const LogitsUnit unit = operands.schedule.unit(index);
       epilogue.begin(unit.row_block * kCluster + rank);
       for (int block = unit.first_column_block; block < unit.end_column_block; ++block) {
         product.multiply(ring, place, operands.steps, warpgroup);
-        epilogue.block(product, block);
+        epilogue.block(product.sums, block);
       }
       // Finish
       epilogue.finish(unit.split);

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstdint>
+
 #include "tile/constants.h"
 #include "tile/swizzle.h"
 
@@ -37,19 +39,27 @@ struct LogitsSm90 {
   static constexpr int kColumnsOfBlock = kColumns / kCluster;
 };
 
-// Offsets in shared memory, from the first multiple of 1024: there the swizzle's pattern begins.
-struct LogitsSm90Memory {
+// Shared memory, from the first multiple of kAlignment: there the swizzle's pattern begins.
+struct LogitsSm90Shared {
   static constexpr int kAlignment = 8 * kRowBytes;
-  static constexpr int kStages = 0;
-  static constexpr int kFull = kStages + LogitsSm90::kStages * LogitsSm90::kStageBytes;  // a barrier a stage
-  static constexpr int kEmpty = kFull + LogitsSm90::kStages * 8;                         // a barrier a stage
-  static constexpr int kEnd = kEmpty + LogitsSm90::kStages * 8;
-  static constexpr int kBytes = kAlignment + kEnd;  // wherever the block's memory begins
-  static_assert(LogitsSm90::kStageBytes % kAlignment == 0 && LogitsSm90::kTileE % kAlignment == 0 &&
-                    LogitsSm90::kTileC / 2 % kAlignment == 0 &&
-                    LogitsSm90::kConsumerRows * kRowBytes % kAlignment == 0,
-                "every operand begins where the pattern does");
+
+  struct Stage {
+    unsigned char e[LogitsSm90::kTileE];
+    unsigned char c[LogitsSm90::kTileC];
+  };
+  Stage stages[LogitsSm90::kStages];
+  uint64_t full[LogitsSm90::kStages];   // barriers: the bytes of a stage are there
+  uint64_t empty[LogitsSm90::kStages];  // barriers: all consumers that read what this block sends are done
 };
+static_assert(sizeof(LogitsSm90Shared::Stage) % LogitsSm90Shared::kAlignment == 0 &&
+                  LogitsSm90::kTileE % LogitsSm90Shared::kAlignment == 0 &&
+                  LogitsSm90::kTileC / 2 % LogitsSm90Shared::kAlignment == 0 &&
+                  LogitsSm90::kConsumerRows * kRowBytes % LogitsSm90Shared::kAlignment == 0,
+              "every operand begins where the pattern does");
+
+// Wherever the block's memory begins.
+constexpr int kLogitsSm90SharedBytes =
+    LogitsSm90Shared::kAlignment + static_cast<int>(sizeof(LogitsSm90Shared));
 
 // To be measured: how many of eight columns' exponentials are taken by a polynomial instead of the special
 // function unit, and whether L2 is told to keep E and to let C go.

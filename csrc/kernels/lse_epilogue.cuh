@@ -6,8 +6,7 @@
 
 #include "kernels/finish_logits.cuh"
 #include "kernels/logits_sm80.cuh"
-#include "kernels/lse_arguments.cuh"
-#include "kernels/max_sum.cuh"
+#include "kernels/lse.cuh"
 
 namespace cce {
 
@@ -25,20 +24,20 @@ class LseEpilogue {
   __device__ __forceinline__ LseEpilogue(const Arguments& a, unsigned char* state)
       : a_(a), running_(reinterpret_cast<MaxSum*>(state)) {}
 
-  __device__ __forceinline__ void begin(const ForwardUnit&) { running_[threadIdx.x] = MaxSum::none(); }
+  __device__ __forceinline__ void begin(const LogitsUnit&) { running_[threadIdx.x] = MaxSum::none(); }
 
-  template <typename Product>
-  __device__ __forceinline__ void block(Product& product, const ForwardUnit& unit, int column_block,
+  template <typename Sums>
+  __device__ __forceinline__ void block(Sums& sums, const LogitsUnit& unit, int column_block,
                                         unsigned char* scratch) {
     // Loaded early, and for each block anew: a register more all along would be one too many.
     const int row = unit.row_block * kLogitsRows + own_row();
     const bool maps = a_.tile_map != nullptr && row < a_.n;
     const float label = maps ? a_.label_logits[row] : 0.0f;
     const int first_column = column_block * kLogitsColumns + warp_n() * (kLogitsColumns / kLogitsWarpsN);
-    finish_logits(product, first_column + lane() % 4 * 2, a_.bias, a_.bias_stride, a_.softcap, a_.v);
+    finish_logits(sums, first_column + Sums::first_column(lane()), a_.bias, a_.bias_stride, a_.softcap, a_.v);
     auto* exchange = reinterpret_cast<float2*>(scratch);
     __syncthreads();
-    reduce_rows(product, exchange);
+    reduce_rows(sums, exchange);
     __syncthreads();
     // A thread takes one row of one vocab tile, which two warps have a half of each.
     static_assert(kLogitsColumns == 2 * kTileColumns && kLogitsWarpsN == 4, "two warps a vocab tile");
@@ -53,7 +52,7 @@ class LseEpilogue {
     }
   }
 
-  __device__ __forceinline__ void finish(const ForwardUnit& unit) {
+  __device__ __forceinline__ void finish(const LogitsUnit& unit) {
     __syncthreads();
     const int row = unit.row_block * kLogitsRows + own_row();
     if (own_tile() == 0 && row < a_.n) {
@@ -66,36 +65,28 @@ class LseEpilogue {
 
  private:
   // Leaves the maximum and the sum of each row of the warp's columns: exchange[warp column][row].
-  template <typename Product>
-  __device__ __forceinline__ void reduce_rows(const Product& product, float2* exchange) {
-    constexpr int kMTiles = Product::kRows, kNTiles = Product::kColumns;
+  template <typename Sums>
+  __device__ __forceinline__ void reduce_rows(const Sums& sums, float2* exchange) {
 #pragma unroll
-    for (int i = 0; i < kMTiles; ++i) {
+    for (int r = 0; r < Sums::kRows; ++r) {
+      float max = MaxSum::kLowest;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float max = MaxSum::kLowest;
+      for (int c = 0; c < Sums::kColumns; c += 2) max = fmaxf(max, fmaxf(sums.at(r, c), sums.at(r, c + 1)));
+      max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 1));
+      max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 2));
+      const float offset = -max * kLog2E;
+      float sum[2] = {0.0f, 0.0f};
 #pragma unroll
-        for (int j = 0; j < kNTiles; ++j) {
-          max = fmaxf(max, fmaxf(product.sums[i][j][2 * half], product.sums[i][j][2 * half + 1]));
-        }
-        max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 1));
-        max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, 2));
-        const float offset = -max * kLog2E;
-        float sum[2] = {0.0f, 0.0f};
-#pragma unroll
-        for (int j = 0; j < kNTiles; ++j) {
-#pragma unroll
-          for (int k = 0; k < 2; ++k) {
-            sum[k] += ptx::exp2_approx(fmaf(product.sums[i][j][2 * half + k], kLog2E, offset));
-          }
-        }
-        float total = sum[0] + sum[1];
-        total += __shfl_xor_sync(0xffffffffu, total, 1);
-        total += __shfl_xor_sync(0xffffffffu, total, 2);
-        if (lane() % 4 == 0) {
-          const int row = warp_m() * (kLogitsRows / kLogitsWarpsM) + 16 * i + 8 * half + lane() / 4;
-          exchange[warp_n() * kLogitsRows + row] = make_float2(max, total);
-        }
+      for (int c = 0; c < Sums::kColumns; ++c) {
+        sum[c % 2] += ptx::exp2_approx(fmaf(sums.at(r, c), kLog2E, offset));
+      }
+      float total = sum[0] + sum[1];
+      total += __shfl_xor_sync(0xffffffffu, total, 1);
+      total += __shfl_xor_sync(0xffffffffu, total, 2);
+      if (lane() % 4 == 0) {
+        const int row =
+            warp_m() * (kLogitsRows / kLogitsWarpsM) + Sums::row_offset(r) + Sums::first_row(lane());
+        exchange[warp_n() * kLogitsRows + row] = make_float2(max, total);
       }
     }
   }

@@ -6,8 +6,7 @@
 
 #include "kernels/finish_logits.cuh"
 #include "kernels/logits_sm90_config.h"
-#include "kernels/lse_arguments.cuh"
-#include "kernels/max_sum.cuh"
+#include "kernels/lse.cuh"
 #include "tile/exp2.h"
 
 namespace cce {
@@ -34,12 +33,12 @@ class LseEpilogueSm90 {
     running_ = MaxSum::none();
   }
 
-  template <typename Product>
-  __device__ __forceinline__ void block(Product& product, int column_block) {
+  template <typename Sums>
+  __device__ __forceinline__ void block(Sums& sums, int column_block) {
     static_assert(LogitsSm90::kColumns == 2 * kTileColumns, "two vocab tiles a block");
-    finish_logits(product, column_block * LogitsSm90::kColumns + lane_ % 4 * 2, a_.bias, a_.bias_stride,
-                  a_.softcap, a_.v);
-    const MaxSum tile = reduce(product.sums[0]);
+    finish_logits(sums, column_block * LogitsSm90::kColumns + Sums::first_column(lane_), a_.bias,
+                  a_.bias_stride, a_.softcap, a_.v);
+    const MaxSum tile = reduce(sums);
     running_.add(tile);
     const int64_t index = static_cast<int64_t>(column_block) * 2 + own_tile();
     if (maps_ && index * kTileColumns < a_.v) {
@@ -59,16 +58,17 @@ class LseEpilogueSm90 {
   __device__ __forceinline__ int own_tile() const { return lane_ % 4 / 2; }
 
   // The log-sum-exp that is the lane's own.
-  template <int kNTiles>
-  __device__ __forceinline__ MaxSum reduce(const float (&sums)[kNTiles][4]) const {
+  template <typename Sums>
+  __device__ __forceinline__ MaxSum reduce(const Sums& sums) const {
+    constexpr int kHalf = Sums::kColumns / 2;
     float max[4], total[4];
 #pragma unroll
     for (int own = 0; own < 4; ++own) {
-      const int first = own / 2 * (kNTiles / 2), half = own % 2 * 2;
+      const int first = own / 2 * kHalf, r = own % 2;
       max[own] = MaxSum::kLowest;
 #pragma unroll
-      for (int j = first; j < first + kNTiles / 2; ++j) {
-        max[own] = fmaxf(max[own], fmaxf(sums[j][half], sums[j][half + 1]));
+      for (int c = first; c < first + kHalf; c += 2) {
+        max[own] = fmaxf(max[own], fmaxf(sums.at(r, c), sums.at(r, c + 1)));
       }
     }
 #pragma unroll
@@ -78,17 +78,14 @@ class LseEpilogueSm90 {
     }
 #pragma unroll
     for (int own = 0; own < 4; ++own) {
-      const int first = own / 2 * (kNTiles / 2), half = own % 2 * 2;
+      const int first = own / 2 * kHalf, r = own % 2;
       const float offset = -max[own] * kLog2E;
       float sum[2] = {0.0f, 0.0f};
 #pragma unroll
-      for (int j = first; j < first + kNTiles / 2; ++j) {
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          const float x = fmaf(sums[j][half + k], kLog2E, offset);
-          // Interleaved, so that both units have work.
-          sum[k] += j * 3 % 8 < kPolynomialEighths ? exp2_polynomial(x) : ptx::exp2_approx(x);
-        }
+      for (int c = first; c < first + kHalf; ++c) {
+        const float x = fmaf(sums.at(r, c), kLog2E, offset);
+        // Interleaved, so that both units have work.
+        sum[c % 2] += c / 2 * 3 % 8 < kPolynomialEighths ? exp2_polynomial(x) : ptx::exp2_approx(x);
       }
       total[own] = sum[0] + sum[1];
     }

@@ -27,11 +27,11 @@ constexpr int kChunkVisitsPerToken = 2;
 constexpr int kLeastLenders = 6;
 
 enum class VisitWork : uint32_t {
-  kVisits,      // the part-th kVisitRows of the tile's visits: their dz for dC, and their dE
-  kVisitsOfC,   // the same without their dE
-  kVisitsOfE,   // the same for dE only
-  kClassifier,  // the tile's dC, in the part-th slices_per_item() of D
-  kRound,       // dE of the part-th kRoundRows tokens, from its sums
+  kVisits,     // the part-th kVisitRows of the tile's visits: their dz for dC, and their dE
+  kVisitsOfC,  // the same without their dE
+  kVisitsOfE,  // the same for dE only
+  kGradC,      // the tile's dC, in the part-th slices_per_item() of D
+  kRound,      // dE of the part-th kRoundRows tokens, from its sums
 };
 
 // Whether the item adds its visits' part to the sums of dE.

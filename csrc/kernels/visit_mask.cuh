@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "kernels/tile_map.cuh"
 #include "kernels/visits_config.h"
 #include "tile/gradient_row.cuh"
 #include "tile/sampling.h"
@@ -20,11 +21,6 @@ struct VisitMaskArguments {
   uint32_t* mask;    // [tiles, mask_words(n)]
   uint32_t* counts;  // [tiles], 0 before
 };
-
-// The probability with which a token visits a tile that does not hold its label.
-__device__ __forceinline__ float probability_of_visit(__nv_bfloat16 map, float nll, float log_rate) {
-  return visit_probability(__bfloat162float(map) - nll, log_rate);
-}
 
 __device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t x, int lane) {
 #pragma unroll

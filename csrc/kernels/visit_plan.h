@@ -210,7 +210,7 @@ CCE_HOST_DEVICE void plan_visit_items(Block& block, const VisitPlanArguments& a,
       item.part = part;
       a.items[at_dz + part] = item;
     }
-    item.work = VisitWork::kClassifier;
+    item.work = VisitWork::kGradC;
     item.gate = gate_of_dc(chunk_number);
     item.needs[0] = gate_of_dz(chunk_number);
     item.needs[1] = lends ? kGateOfRounding : kNoGate;

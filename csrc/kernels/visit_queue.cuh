@@ -3,8 +3,8 @@
 #include <cstdint>
 
 #include "kernels/visit_plan.h"
-#include "ptx/debug.cuh"
-#include "ptx/ordering.cuh"
+#include "kernels/visits_config.h"
+#include "ptx/sync.cuh"
 
 namespace cce {
 
@@ -23,11 +23,6 @@ struct VisitQueueArguments {
   uint32_t* pending;         // items of each gate that are not done
   int64_t wait_nanoseconds;  // after which a wait gives up, or -1: never
   VisitWait* gave_up;        // in the host's memory
-};
-
-struct VisitQueueShared {
-  VisitItem item;
-  bool more;
 };
 
 // The list of items, from which blocks take one after the other. A block that took an item waits for items

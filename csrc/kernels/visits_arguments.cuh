@@ -35,13 +35,4 @@ struct VisitsArguments {
   Element* grad_bias;  // [v] or null
 };
 
-// Shared memory: the ring of stages, then this.
-struct VisitsShared {
-  alignas(128) unsigned char dz[kVisitGradientBytes];  // [2 halves of the tile][128 tokens][64], swizzled
-  float4 rows[kVisitRows];                             // weight of p, b, lse2, label's column in the tile
-  int tokens[kVisitRows];                              // -1 past the item's last
-  uint32_t scan[kVisitThreads / kWarpLanes];
-  VisitQueueShared queue;
-};
-
 }  // namespace cce

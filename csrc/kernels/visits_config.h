@@ -32,4 +32,24 @@ constexpr int kVisitTileBytes = kVisitRows * kRowBytes;  // an operand of a stag
 constexpr int kVisitStageBytes = 2 * kVisitTileBytes;
 constexpr int kVisitGradientBytes = 2 * kVisitTileBytes;  // dz, 128 by 128
 
+// What dz of one visiting token needs: dz = weight p - b [column = label], p = 2^(z log2 e - lse2).
+struct alignas(16) VisitRow {
+  float weight, b, lse2;
+  int label;  // its column in the tile, or -1
+};
+
+struct VisitQueueShared {
+  VisitItem item;
+  bool more;
+};
+
+// Shared memory: the ring of stages, then this.
+struct VisitsShared {
+  alignas(128) unsigned char dz[kVisitGradientBytes];  // [2 halves of the tile][128 tokens][64], swizzled
+  VisitRow rows[kVisitRows];
+  int tokens[kVisitRows];  // -1 past the item's last
+  uint32_t scan[kVisitThreads / kWarpLanes];
+  VisitQueueShared queue;
+};
+
 }  // namespace cce

@@ -7,12 +7,12 @@
 
 #include "kernels/copy_rows.cuh"
 #include "kernels/finish_logits.cuh"
+#include "kernels/gradient.cuh"
 #include "kernels/gradient_small.cuh"
-#include "kernels/store_block.cuh"
-#include "kernels/visit_mask.cuh"
+#include "kernels/tile_map.cuh"
 #include "kernels/visits_arguments.cuh"
 #include "kernels/visits_config.h"
-#include "ptx/reduce.cuh"
+#include "ptx/copy.cuh"
 #include "tile/block_scan.cuh"
 #include "tile/gradient_row.cuh"
 #include "tile/ring.cuh"
@@ -44,8 +44,8 @@ class Visits {
     VisitQueue queue(a_.queue, shared_.queue);
     while (queue.take()) {
       const VisitItem item = queue.item();
-      if (item.work == VisitWork::kClassifier) {
-        classifier_rows(item);
+      if (item.work == VisitWork::kGradC) {
+        grad_c_rows(item);
       } else if (item.work == VisitWork::kRound) {
         round_rows(tokens_of(item, a_.e.count));
       } else {
@@ -58,8 +58,8 @@ class Visits {
  private:
   static constexpr int kDepth = kLogitsDepth;
   using Logits = WarpProduct<Element, 4, 4, Major::kK, Major::kK>;
-  using Embeddings = WarpProduct<Element, 4, 4, Major::kK, Major::kMN>;
-  using Classifier = WarpProduct<Element, 4, 4, Major::kMN, Major::kMN>;
+  using GradE = WarpProduct<Element, 4, 4, Major::kK, Major::kMN>;
+  using GradC = WarpProduct<Element, 4, 4, Major::kMN, Major::kMN>;
 
   // ---- dz and dE ----
 
@@ -142,7 +142,7 @@ class Visits {
     __syncthreads();
     const int count = min(static_cast<int>(total) - first_rank, kVisitRows);
     if (thread_ < kVisitRows) {
-      float4 row = make_float4(0.0f, 0.0f, INFINITY, __int_as_float(-1));
+      VisitRow row = {0.0f, 0.0f, INFINITY, -1};
       if (thread_ < count) {
         const int token = shared_.tokens[thread_];
         const GradientRow g = a_.rows[token];
@@ -152,7 +152,7 @@ class Visits {
           const __nv_bfloat16 map = a_.tile_map[static_cast<int64_t>(item.tile) * a_.e.count + token];
           weight /= probability_of_visit(map, a_.nll[token], a_.log_rate);
         }
-        row = make_float4(weight, g.b, g.lse2, __int_as_float(own ? g.label % kTileColumns : -1));
+        row = {weight, g.b, g.lse2, own ? g.label % kTileColumns : -1};
         if (leaves_dz(item.work)) a_.tokens[item.first_row + first_rank + thread_] = token;
       } else {
         shared_.tokens[thread_] = -1;
@@ -165,32 +165,31 @@ class Visits {
 
   // From the finished logits: dz to shared memory and to the ring.
   __device__ __forceinline__ void write_dz(Logits& logits, const VisitItem& item, int column0, int count) {
-    finish_logits(logits, column0 + first_n_ + lane_ % 4 * 2, a_.bias, a_.bias_stride, a_.softcap,
+    using Sums = typename Logits::Sums;
+    Sums& sums = logits.sums;
+    finish_logits(sums, column0 + first_n_ + Sums::first_column(lane_), a_.bias, a_.bias_stride, a_.softcap,
                   a_.c.count);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int r = 0; r < Sums::kRows; ++r) {
+      const int m = first_m_ + Sums::row_offset(r) + Sums::first_row(lane_);
+      const VisitRow row = shared_.rows[m];
+      const GradientRow g = {row.weight, row.b, row.lse2, row.label};
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int m = first_m_ + 16 * i + 8 * half + lane_ / 4;
-        const float4 row = shared_.rows[m];
-        const GradientRow g = {row.x, row.y, row.z, __float_as_int(row.w)};
+      for (int c = 0; c < Sums::kColumns; c += 2) {
+        float dz[2];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          float dz[2];
-#pragma unroll
-          for (int side = 0; side < 2; ++side) {
-            const int n = first_n_ + 8 * j + lane_ % 4 * 2 + side;
-            const float z = logits.sums[i][j][2 * half + side];
-            dz[side] = g.a * g.probability(z);
-            if (n == g.label) dz[side] -= g.b;
-            if (a_.softcap.present()) dz[side] *= a_.softcap.slope(z);
-            dz[side] *= scale_.factor;
-          }
-          const int n = first_n_ + 8 * j;
-          *reinterpret_cast<uint32_t*>(shared_.dz + n / kRowElements * kVisitTileBytes +
-                                       swizzled_offset(m, n % kRowElements / kChunkElements) +
-                                       lane_ % 4 * 4) = pack(dz[0], dz[1], Element());
+        for (int side = 0; side < 2; ++side) {
+          const int n = first_n_ + Sums::column_offset(c + side) + Sums::first_column(lane_);
+          const float z = sums.at(r, c + side);
+          dz[side] = g.a * g.probability(z);
+          if (n == g.label) dz[side] -= g.b;
+          if (a_.softcap.present()) dz[side] *= a_.softcap.slope(z);
+          dz[side] *= scale_.factor;
         }
+        const int n = first_n_ + Sums::column_offset(c);
+        *reinterpret_cast<uint32_t*>(shared_.dz + n / kRowElements * kVisitTileBytes +
+                                     swizzled_offset(m, n % kRowElements / kChunkElements) +
+                                     Sums::first_column(lane_) * 2) = pack(dz[0], dz[1], Element());
       }
     }
     __syncthreads();
@@ -207,36 +206,34 @@ class Visits {
 
   // dE[tokens, slice] += dz C_tile[:, slice].
   __device__ __forceinline__ void add_slice(uint32_t stage, int d0, int m_tiles) {
-    Embeddings product(lane_, first_m_, first_n_);
+    GradE product(lane_, first_m_, first_n_);
     product.clear();
     const uint32_t dz = shared_address(shared_.dz);
 #pragma unroll
     for (int part = 0; part < kTileColumns / 16; ++part) {
       const int half = part / 4 * kVisitTileBytes;
-      typename Embeddings::Fragments f;
+      typename GradE::Fragments f;
       product.load(f, dz + half, stage + half, part % 4, m_tiles);
       product.multiply(f, m_tiles);
     }
+    using Sums = typename GradE::Sums;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (i >= m_tiles) continue;
+    for (int r = 0; r < Sums::kRows; ++r) {
+      if (r / 2 >= m_tiles) continue;
+      const int token = shared_.tokens[first_m_ + Sums::row_offset(r) + Sums::first_row(lane_)];
+      float* into = a_.sum_e + static_cast<int64_t>(max(token, 0)) * a_.d;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int token = shared_.tokens[first_m_ + 16 * i + 8 * half + lane_ / 4];
-        float* into = a_.sum_e + static_cast<int64_t>(max(token, 0)) * a_.d;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int column = d0 + first_n_ + 8 * j + lane_ % 4 * 2;
-          if (token < 0 || column >= a_.d) continue;
-          ptx::reduce_add_2(into + column, product.sums[i][j][2 * half], product.sums[i][j][2 * half + 1]);
-        }
+      for (int c = 0; c < Sums::kColumns; c += 2) {
+        const int column = d0 + first_n_ + Sums::column_offset(c) + Sums::first_column(lane_);
+        if (token < 0 || column >= a_.d) continue;
+        ptx::reduce_add_2(into + column, product.sums.at(r, c), product.sums.at(r, c + 1));
       }
     }
   }
 
   // ---- dC ----
 
-  __device__ __forceinline__ void classifier_rows(const VisitItem& item) {
+  __device__ __forceinline__ void grad_c_rows(const VisitItem& item) {
     const int count = static_cast<int>(a_.counts[item.tile]);
     const int slices = (a_.d + kVisitSlice - 1) / kVisitSlice;
     const VisitRange range = slices_of(item, a_.counts[item.tile], slices);
@@ -278,7 +275,7 @@ class Visits {
       }
       fetch_tokens(next_depth * kDepth);
     };
-    Classifier product(lane_, first_m_, first_n_);
+    GradC product(lane_, first_m_, first_n_);
     StageStream<kVisitStageBytes, decltype(send)> stream(ring_, a_.stages, send);
     for (int slice = first; slice < end; ++slice) {
       product.clear();
@@ -290,13 +287,13 @@ class Visits {
 #pragma unroll
         for (int part = 0; part < kDepth / 16; ++part) {
           if (part >= parts) continue;
-          typename Classifier::Fragments f;
+          typename GradC::Fragments f;
           product.load(f, stage, stage + kVisitTileBytes, part);
           product.multiply(f);
         }
       }
-      store_block(product, a_.grad_c, static_cast<int64_t>(item.tile) * kTileColumns + first_m_, a_.c.count,
-                  slice * kVisitSlice + first_n_, a_.d, scale_.inverse, lane_);
+      store_block(product.sums, a_.grad_c, static_cast<int64_t>(item.tile) * kTileColumns + first_m_,
+                  a_.c.count, slice * kVisitSlice + first_n_, a_.d, scale_.inverse, lane_);
     }
     stream.close();
   }

@@ -3,7 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "launch/inputs.cuh"
+#include "launch/arguments.cuh"
 #include "launch/launch.h"
 
 namespace cce {

@@ -3,6 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "launch/launch_error.h"
 #include "launch/params.h"
 
 namespace cce {
@@ -30,5 +31,18 @@ struct TypesOf<DType::kFloat64> {
   using Element = double;
   using Accumulator = double;
 };
+
+// Calls launch(x), x being of the CUDA type of a 16-bit dtype.
+template <typename Launch>
+LaunchError dispatch_16bit(DType dtype, const Launch& launch) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return launch(__half());
+    case DType::kBFloat16:
+      return launch(__nv_bfloat16());
+    default:
+      return {"cce", "these kernels take fp16 and bf16"};
+  }
+}
 
 }  // namespace cce

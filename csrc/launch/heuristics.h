@@ -80,6 +80,7 @@ inline int64_t round_up(int64_t x, int64_t y) { return ceil_div(x, y) * y; }
 // 8.9 and 12.0).
 constexpr int kLeastSharedBytes = 99 * 1024;
 static_assert(logits_shared_bytes(2) <= kLeastSharedBytes, "two stages of the product fit every GPU");
+static_assert(2 * kVisitStageBytes + sizeof(VisitsShared) <= kLeastSharedBytes, "and two of the visits");
 
 // Stages of a cp.async ring that fit beside `other_bytes`: 4 hide the latency of memory, 2 are the least.
 inline int ring_stages(const DeviceLimits& limits, int stage_bytes, int other_bytes) {
@@ -100,15 +101,15 @@ struct LogitsPlan {
   int slots;  // clusters that run at a time
 
   // For some of C's rows. A unit is one block; longer runs of columns are the forward's.
-  ForwardSchedule schedule(int64_t n, int64_t columns) const {
-    ForwardSchedule schedule{};
+  LogitsSchedule schedule(int64_t n, int64_t columns) const {
+    LogitsSchedule schedule{};
     schedule.row_blocks = static_cast<int>(ceil_div(n, kLogitsRows * cluster));
     schedule.column_blocks = static_cast<int>(ceil_div(columns, kLogitsColumns));
     schedule.splits = schedule.column_blocks;
     schedule.group = kScheduleGroup / cluster;
     return schedule;
   }
-  int blocks(const ForwardSchedule& schedule) const { return cluster * std::min(schedule.units(), slots); }
+  int blocks(const LogitsSchedule& schedule) const { return cluster * std::min(schedule.units(), slots); }
 };
 
 // Whether a tensor map describes rows as they lie: it knows no rows that overlap or lie 2^40 bytes apart. A
@@ -126,7 +127,7 @@ inline LogitsPlan plan_logits(const LossInputs& in, const DeviceLimits& limits) 
     plan.reason = "mma.sync: the GPU is not of compute capability 9.0";
   } else if (!limits.has_sm90) {
     plan.reason = "mma.sync: the build has no kernels for sm_90a, or CCE_KERNELS holds them back";
-  } else if (limits.shared_bytes < LogitsSm90Memory::kBytes) {
+  } else if (limits.shared_bytes < kLogitsSm90SharedBytes) {
     plan.reason = "mma.sync: a block may not have the shared memory that wgmma's ring takes";
   } else if (!tensor_map_takes(in.n, in.d, in.e_row_stride) ||
              !tensor_map_takes(in.v, in.d, in.c_row_stride)) {
@@ -140,7 +141,7 @@ inline LogitsPlan plan_logits(const LossInputs& in, const DeviceLimits& limits) 
   }
   if (plan.kernel == LogitsKernel::kSm90) {
     plan.stages = LogitsSm90::kStages;
-    plan.shared_bytes = LogitsSm90Memory::kBytes;
+    plan.shared_bytes = kLogitsSm90SharedBytes;
   } else {
     plan.stages = ring_stages(limits, kLogitsStageBytes, kLogitsStateBytes);
     plan.shared_bytes = logits_shared_bytes(plan.stages);
@@ -153,7 +154,7 @@ inline LogitsPlan plan_logits(const LossInputs& in, const DeviceLimits& limits) 
 
 struct LceForwardPlan {
   LogitsPlan logits;
-  ForwardSchedule schedule;  // of rows as many as a cluster's
+  LogitsSchedule schedule;  // of rows as many as a cluster's
   int blocks;
   const char* reason;  // for the splits
 };
@@ -254,12 +255,12 @@ struct VisitsPlan {
 };
 
 inline VisitsPlan plan_visits(int64_t n, int64_t d, int64_t v, bool need_e, bool need_c, bool need_bias,
-                              int row_bytes, const DeviceLimits& limits) {
+                              const DeviceLimits& limits) {
   VisitsPlan plan{};
   plan.layout = visit_layout(n, d, v, need_e, need_c, need_bias);
   plan.words = mask_words(static_cast<int>(n));
-  plan.stages = ring_stages(limits, kVisitStageBytes, row_bytes);
-  plan.shared_bytes = plan.stages * kVisitStageBytes + row_bytes;
+  plan.stages = ring_stages(limits, kVisitStageBytes, sizeof(VisitsShared));
+  plan.shared_bytes = plan.stages * kVisitStageBytes + static_cast<int>(sizeof(VisitsShared));
   plan.blocks = limits.multiprocessors;
   return plan;
 }

@@ -17,20 +17,6 @@ using torch::stable::Tensor;
 
 constexpr const char* kOp = "cce::label_logits: ";
 
-LaunchError launch(const LabelLogitsParams& params, const CudaScope& scope) {
-  switch (params.in.dtype) {
-    case DType::kFloat16:
-      return launch_label_logits<DType::kFloat16>(params, scope.device(), scope.stream());
-    case DType::kBFloat16:
-      return launch_label_logits<DType::kBFloat16>(params, scope.device(), scope.stream());
-    case DType::kFloat32:
-      return launch_label_logits<DType::kFloat32>(params, scope.device(), scope.stream());
-    case DType::kFloat64:
-      return launch_label_logits<DType::kFloat64>(params, scope.device(), scope.stream());
-  }
-  return {"cce", "unknown dtype"};
-}
-
 Tensor label_logits(const Tensor& e_in, const Tensor& c_in, const std::optional<Tensor>& bias,
                     const Tensor& targets, int64_t ignore_index, std::optional<double> softcap) {
   const DType dtype = dtype_of(kOp, e_in);
@@ -42,7 +28,7 @@ Tensor label_logits(const Tensor& e_in, const Tensor& c_in, const std::optional<
       e, {e.size(0)}, dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float);
   const LabelLogitsParams params = {loss_inputs(dtype, e, c, bias, targets, ignore_index, softcap),
                                     out.mutable_data_ptr()};
-  check_launch(kOp, launch(params, scope), e);
+  check_launch(kOp, launch_label_logits(params, scope.device(), scope.stream()), e);
   return out;
 }
 

@@ -57,23 +57,19 @@ void exact(LceBackwardParams params, double threshold, const Tensor& e_in, const
   const Tensor factors = new_empty(e, {2}, ScalarType::Float);
   const ExactScratch scratch = {dz.mutable_data_ptr(), static_cast<float*>(factors.mutable_data_ptr()),
                                 threshold};
-  const auto launch = in.dtype == DType::kBFloat16 ? launch_exact_backward<DType::kBFloat16>
-                                                   : launch_exact_backward<DType::kFloat16>;
-  check_launch(kOp, launch(params, scratch, plan, blas, scope.device(), scope.stream()), e);
+  check_launch(kOp, launch_exact_backward(params, scratch, plan, blas, scope.device(), scope.stream()), e);
 }
 
 void round_gradient(const LceBackwardParams& params, const Tensor& e, const CudaScope& scope) {
-  const auto launch = params.in.dtype == DType::kBFloat16 ? launch_round_gradient<DType::kBFloat16>
-                                                          : launch_round_gradient<DType::kFloat16>;
-  check_launch(kOp, launch(params, scope.device(), scope.stream()), e);
+  check_launch(kOp, launch_round_gradient(params, scope.device(), scope.stream()), e);
 }
 
 void visits(LceBackwardParams params, const Tensor& tile_map, const int64_t* seed, double eps,
             const Tensor& e, const CudaScope& scope) {
   const LossInputs& in = params.in;
   const bool need_e = params.grad_e != nullptr, need_c = params.grad_c != nullptr;
-  VisitsPlan plan = plan_visits(in.n, in.d, in.v, need_e, need_c, params.grad_bias != nullptr,
-                                visits_row_bytes(), device_limits(kOp, e));
+  VisitsPlan plan =
+      plan_visits(in.n, in.d, in.v, need_e, need_c, params.grad_bias != nullptr, device_limits(kOp, e));
   plan.wait_milliseconds = watchdog_milliseconds();
   const VisitLayout& layout = plan.layout;
   const Tensor sum_e = new_empty(e, {need_e && !layout.borrows() ? in.n : 0, in.d}, ScalarType::Float);
@@ -100,9 +96,7 @@ void visits(LceBackwardParams params, const Tensor& tile_map, const int64_t* see
   scratch.items = items.mutable_data_ptr();
   scratch.dz = dz.mutable_data_ptr();
   scratch.tokens = tokens.mutable_data_ptr();
-  const auto launch = in.dtype == DType::kBFloat16 ? launch_visits_backward<DType::kBFloat16>
-                                                   : launch_visits_backward<DType::kFloat16>;
-  check_launch(kOp, launch(params, scratch, plan, scope.device(), scope.stream()), e);
+  check_launch(kOp, launch_visits_backward(params, scratch, plan, scope.device(), scope.stream()), e);
 }
 
 // A gradient as wide as the input was before its rows were padded.

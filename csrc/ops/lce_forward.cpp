@@ -22,13 +22,6 @@ using torch::stable::Tensor;
 
 constexpr const char* kOp = "cce::lce_forward: ";
 
-template <DType kDType>
-LaunchError launch(const LabelLogitsParams& label, const LceForwardParams& params, const LceForwardPlan& plan,
-                   const CudaScope& scope) {
-  const LaunchError failed = launch_label_logits<kDType>(label, scope.device(), scope.stream());
-  return failed ? failed : launch_lce_forward<kDType>(params, plan, scope.device(), scope.stream());
-}
-
 // The seed and the method say how the backward will visit; the forward is the same for all.
 std::tuple<Tensor, Tensor, Tensor> lce_forward(const Tensor& e_in, const Tensor& c_in,
                                                const std::optional<Tensor>& bias, const Tensor& targets,
@@ -60,10 +53,8 @@ std::tuple<Tensor, Tensor, Tensor> lce_forward(const Tensor& e_in, const Tensor&
   params.tile_map = need_map ? tile_map.mutable_data_ptr() : nullptr;
   params.nll = static_cast<float*>(nll.mutable_data_ptr());
   params.lse = static_cast<float*>(lse.mutable_data_ptr());
-  check_launch(kOp,
-               dtype == DType::kBFloat16 ? launch<DType::kBFloat16>(label, params, plan, scope)
-                                         : launch<DType::kFloat16>(label, params, plan, scope),
-               e);
+  check_launch(kOp, launch_label_logits(label, scope.device(), scope.stream()), e);
+  check_launch(kOp, launch_lce_forward(params, plan, scope.device(), scope.stream()), e);
   return {nll, lse, tile_map};
 }
 

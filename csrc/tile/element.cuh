@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "ptx/global_load.cuh"
+#include "ptx/copy.cuh"
 
 namespace cce {
 

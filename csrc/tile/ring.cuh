@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "ptx/cp_async.cuh"
+#include "ptx/copy.cuh"
 #include "tile/swizzle.h"
 
 namespace cce {

@@ -12,7 +12,7 @@ namespace cce {
 constexpr int kScheduleGroup = 16;
 
 // A run of column blocks of one row block.
-struct ForwardUnit {
+struct LogitsUnit {
   int row_block;
   int first_column_block, end_column_block;
   int split;
@@ -20,21 +20,21 @@ struct ForwardUnit {
 
 // Units of one split in neighbouring row blocks follow each other, so that blocks that run side by side read
 // the same columns at about the same time.
-struct ForwardSchedule {
+struct LogitsSchedule {
   int row_blocks, column_blocks;
   int splits;                  // runs that the column blocks are cut into
   int group = kScheduleGroup;  // row blocks that are taken together
 
   CCE_HOST_DEVICE int units() const { return row_blocks * splits; }
 
-  CCE_HOST_DEVICE ForwardUnit unit(int index) const {
+  CCE_HOST_DEVICE LogitsUnit unit(int index) const {
     const int round = index / (group * splits);
     const int first_row = round * group;
     const int left = row_blocks - first_row;
     const int rows = left < group ? left : group;
     const int within = index - first_row * splits;
     const int split = within / rows;
-    ForwardUnit unit;
+    LogitsUnit unit;
     unit.row_block = first_row + within % rows;
     unit.split = split;
     unit.first_column_block = column(split);

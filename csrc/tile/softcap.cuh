@@ -13,7 +13,7 @@ __device__ __forceinline__ float tanh_accurate(float x) {
   return 1.0f - 2.0f * ptx::reciprocal_approx(ptx::exp2_approx(2.0f * kLog2E * x) + 1.0f);
 }
 
-// What turns a sum into a logit: bias and softcap. Both are often absent, and then cost nothing.
+// The softcap, s tanh(z / s). Often there is none, which then costs nothing.
 struct Softcap {
   float cap;      // 0: none
   float inverse;  // 1 / cap

@@ -2,9 +2,9 @@
 
 #include <cstdint>
 
-#include "ptx/ldmatrix.cuh"
 #include "ptx/mma.cuh"
 #include "tile/constants.h"
+#include "tile/mma_sums.cuh"
 #include "tile/swizzle.h"
 
 namespace cce {
@@ -18,8 +18,8 @@ template <typename Element, int kMTiles, int kNTiles, Major kMajorA, Major kMajo
 class WarpProduct {
  public:
   static_assert(kNTiles % 2 == 0, "ldmatrix brings two n tiles at a time");
-  static constexpr int kRows = kMTiles, kColumns = kNTiles;  // in tiles
-  static constexpr int kDepth = 64;                          // of k in a tile
+  static constexpr int kDepth = 64;  // of k in a tile
+  using Sums = MmaSums<kMTiles, kNTiles>;
 
   // Operands for 16 of k: those of the next are loaded while these are multiplied.
   struct Fragments {
@@ -27,8 +27,7 @@ class WarpProduct {
     uint32_t b[kNTiles / 2][4];
   };
 
-  // sums[i][j]: rows 16 i + lane / 4 (elements 0, 1) and 8 below (2, 3), columns 8 j + 2 (lane % 4) and next.
-  float sums[kMTiles][kNTiles][4];
+  Sums sums;
 
   // first_m, first_n: where the warp's part begins in the block's tiles.
   __device__ __forceinline__ WarpProduct(int lane, int first_m, int first_n)
@@ -39,16 +38,7 @@ class WarpProduct {
                                     : block_offset(first_n) + offset_of_row(lane % 16)),
         chunk_b_(swizzled(kMajorB == Major::kK ? lane / 8 % 2 : chunk_in_row(first_n) + lane / 16, lane)) {}
 
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int i = 0; i < kMTiles; ++i) {
-#pragma unroll
-      for (int j = 0; j < kNTiles; ++j) {
-#pragma unroll
-        for (int r = 0; r < 4; ++r) sums[i][j][r] = 0.0f;
-      }
-    }
-  }
+  __device__ __forceinline__ void clear() { sums.clear(); }
 
   // Loads k in [16 k16, 16 k16 + 16) of the tiles at the shared addresses a and b, of the first m_tiles only.
   __device__ __forceinline__ void load(Fragments& f, uint32_t a, uint32_t b, int k16,
@@ -80,7 +70,8 @@ class WarpProduct {
       if (i >= m_tiles) continue;
 #pragma unroll
       for (int j = 0; j < kNTiles; ++j) {
-        ptx::mma_m16n8k16<Element>(sums[i][j], f.a[i], f.b[j / 2][j % 2 * 2], f.b[j / 2][j % 2 * 2 + 1]);
+        ptx::mma_m16n8k16<Element>(sums.tiles[i][j], f.a[i], f.b[j / 2][j % 2 * 2],
+                                   f.b[j / 2][j % 2 * 2 + 1]);
       }
     }
   }

@@ -54,7 +54,7 @@ py::dict plan_lce_forward(int64_t n, int64_t v, int multiprocessors, int shared_
       cce::plan_lce_forward(in, {multiprocessors, shared_bytes, major, minor, has_sm90});
   py::list units;
   for (int i = 0; i < plan.schedule.units(); ++i) {
-    const cce::ForwardUnit unit = plan.schedule.unit(i);
+    const cce::LogitsUnit unit = plan.schedule.unit(i);
     units.append(py::make_tuple(unit.row_block, unit.first_column_block, unit.end_column_block, unit.split));
   }
   py::dict result;
@@ -80,7 +80,7 @@ py::dict plan_exact(int64_t n, int64_t d, int64_t v, bool need_e, bool need_c, i
   in.v = v;
   const cce::ExactPlan plan =
       cce::plan_exact(in, need_e, need_c, {multiprocessors, shared_bytes, major, minor, has_sm90});
-  const cce::ForwardSchedule schedule = plan.logits.schedule(n, plan.chunk_columns);
+  const cce::LogitsSchedule schedule = plan.logits.schedule(n, plan.chunk_columns);
   py::dict result;
   result["kernel"] = plan.logits.kernel == cce::LogitsKernel::kSm90 ? "sm90" : "sm80";
   result["cluster"] = plan.logits.cluster;
@@ -92,10 +92,10 @@ py::dict plan_exact(int64_t n, int64_t d, int64_t v, bool need_e, bool need_c, i
   return result;
 }
 
-py::dict plan_visits(int64_t n, int64_t d, int64_t v, bool need_e, bool need_c, bool need_bias, int row_bytes,
+py::dict plan_visits(int64_t n, int64_t d, int64_t v, bool need_e, bool need_c, bool need_bias,
                      int multiprocessors, int shared_bytes) {
   const cce::VisitsPlan plan =
-      cce::plan_visits(n, d, v, need_e, need_c, need_bias, row_bytes, {multiprocessors, shared_bytes});
+      cce::plan_visits(n, d, v, need_e, need_c, need_bias, {multiprocessors, shared_bytes});
   const cce::VisitLayout& layout = plan.layout;
   py::dict result;
   result["tiles"] = layout.tiles;
@@ -294,15 +294,14 @@ PYBIND11_MODULE(cce_host_tests, m) {
         py::arg("status") = 0);
   m.def("error_without_cublas", &error_without_cublas);
   m.def("plan_visits", &plan_visits, py::arg("n"), py::arg("d"), py::arg("v"), py::arg("need_e"),
-        py::arg("need_c"), py::arg("need_bias"), py::arg("row_bytes"), py::arg("multiprocessors"),
-        py::arg("shared_bytes"));
+        py::arg("need_c"), py::arg("need_bias"), py::arg("multiprocessors"), py::arg("shared_bytes"));
   py::enum_<cce_tests::Adversary>(m, "Adversary")
       .value("random", cce_tests::Adversary::kRandom)
       .value("oldest", cce_tests::Adversary::kOldest)
       .value("newest", cce_tests::Adversary::kNewest)
       .value("victim", cce_tests::Adversary::kVictim);
   m.attr("VISIT_ITEM_FIELDS") = py::make_tuple("tile", "work", "part", "first_row", "gate", "need", "need2");
-  m.attr("VISIT_WORKS") = py::make_tuple("visits", "visits_of_c", "visits_of_e", "classifier", "round");
+  m.attr("VISIT_WORKS") = py::make_tuple("visits", "visits_of_c", "visits_of_e", "grad_c", "round");
   m.attr("kGateOfE") = cce::kGateOfE;
   m.attr("kGateOfRounding") = cce::kGateOfRounding;
   m.attr("kNoGate") = cce::kNoGate;

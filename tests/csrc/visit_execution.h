@@ -137,7 +137,7 @@ class VisitExecution {
         layout_(plan.layout),
         pending_(plan.pending),
         ring_(static_cast<size_t>(layout_.ring_rows())),
-        classifier_(static_cast<size_t>(layout_.v) * static_cast<size_t>(layout_.slices)),
+        grad_c_(static_cast<size_t>(layout_.v) * static_cast<size_t>(layout_.slices)),
         rounded_(static_cast<size_t>(layout_.n)),
         state_(plan.items.size(), State::kListed) {
     for (const uint32_t count : plan.counts) {
@@ -226,8 +226,8 @@ class VisitExecution {
       round(item, begins);
     } else if (item.tile < 0 || item.tile >= layout_.tiles) {
       fail("no such tile");
-    } else if (item.work == cce::VisitWork::kClassifier) {
-      classify(item, begins);
+    } else if (item.work == cce::VisitWork::kGradC) {
+      grad_c(item, begins);
     } else {
       visit(item, begins);
     }
@@ -257,7 +257,7 @@ class VisitExecution {
     }
   }
 
-  void classify(const cce::VisitItem& item, bool begins) {
+  void grad_c(const cce::VisitItem& item, bool begins) {
     const uint32_t count = plan_.counts[static_cast<size_t>(item.tile)];
     for (uint32_t visit = 0; visit < count; ++visit) {
       const size_t row = item.first_row + visit;
@@ -274,7 +274,7 @@ class VisitExecution {
     for (int64_t v = first; v < first + cce::kTileColumns && v < layout_.v; ++v) {
       if (begins && !sums_are_gone(v)) return fail("writes dC over sums of dE");
       for (int64_t slice = slices.begin; slice < slices.end; ++slice) {
-        Cell& cell = classifier_[static_cast<size_t>(v * layout_.slices + slice)];
+        Cell& cell = grad_c_[static_cast<size_t>(v * layout_.slices + slice)];
         if (cell != (begins ? Cell::kEmpty : Cell::kInUse)) return fail("writes dC twice");
         cell = begins ? Cell::kInUse : Cell::kDone;
       }
@@ -316,7 +316,7 @@ class VisitExecution {
         if (layout_.slices > 0 && left_[tile][rank] != 1) return fail("a visit is missing in dC");
       }
     }
-    for (const Cell cell : classifier_) {
+    for (const Cell cell : grad_c_) {
       if (cell != Cell::kDone) return fail("a row of dC is never written");
     }
     for (const Cell cell : rounded_) {
@@ -348,8 +348,8 @@ class VisitExecution {
   const cce::VisitLayout& layout_;
   std::vector<uint32_t> pending_;
   std::vector<RingRow> ring_;
-  std::vector<Cell> classifier_;  // [v, slices]
-  std::vector<Cell> rounded_;     // [n]
+  std::vector<Cell> grad_c_;   // [v, slices]
+  std::vector<Cell> rounded_;  // [n]
   std::vector<State> state_;
   std::vector<std::vector<int>> added_, left_;  // [tiles][visits]
   int64_t adds_done_ = 0;

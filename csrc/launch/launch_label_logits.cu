@@ -1,14 +1,13 @@
-#pragma once
-
 #include <cuda_runtime.h>
 
 #include "kernels/label_logits.cuh"
+#include "launch/arguments.cuh"
 #include "launch/dtype.cuh"
 #include "launch/heuristics.h"
-#include "launch/inputs.cuh"
 #include "launch/launch.h"
 
 namespace cce {
+namespace {
 
 template <DType kDType, typename Index>
 void enqueue_label_logits(const LabelLogitsParams& params, const LabelLogitsPlan& plan, cudaStream_t stream) {
@@ -40,20 +39,37 @@ void enqueue_label_logits(const LabelLogitsParams& params, const LabelLogitsPlan
 }
 
 template <DType kDType>
+void enqueue(const LabelLogitsParams& params, void* stream) {
+  const LabelLogitsPlan plan = plan_label_logits(params.in);
+  if (params.in.targets_are_int64) {
+    enqueue_label_logits<kDType, int64_t>(params, plan, static_cast<cudaStream_t>(stream));
+  } else {
+    enqueue_label_logits<kDType, int32_t>(params, plan, static_cast<cudaStream_t>(stream));
+  }
+}
+
+}  // namespace
+
 LaunchError launch_label_logits(const LabelLogitsParams& params, int device, void* stream) {
   if (params.in.n == 0) return {};
   // torch's device guard sets the device of torch's CUDA runtime; the static one linked here keeps its own.
-  cudaError_t error = cudaSetDevice(device);
-  if (error == cudaSuccess) {
-    const LabelLogitsPlan plan = plan_label_logits(params.in);
-    if (params.in.targets_are_int64) {
-      enqueue_label_logits<kDType, int64_t>(params, plan, static_cast<cudaStream_t>(stream));
-    } else {
-      enqueue_label_logits<kDType, int32_t>(params, plan, static_cast<cudaStream_t>(stream));
-    }
-    error = cudaGetLastError();
+  const cudaError_t error = cudaSetDevice(device);
+  if (error != cudaSuccess) return cuda_error(error);
+  switch (params.in.dtype) {
+    case DType::kFloat16:
+      enqueue<DType::kFloat16>(params, stream);
+      break;
+    case DType::kBFloat16:
+      enqueue<DType::kBFloat16>(params, stream);
+      break;
+    case DType::kFloat32:
+      enqueue<DType::kFloat32>(params, stream);
+      break;
+    case DType::kFloat64:
+      enqueue<DType::kFloat64>(params, stream);
+      break;
   }
-  return cuda_error(error);
+  return cuda_error(cudaGetLastError());
 }
 
 }  // namespace cce

@@ -1,6 +1,6 @@
 #include "kernels/gradient_epilogue_sm90.cuh"
-#include "launch/gradient_sm90.h"
-#include "launch/logits_sm90.cuh"
+#include "launch/launch_gradient_sm90.h"
+#include "launch/launch_logits_sm90.cuh"
 
 namespace cce {
 

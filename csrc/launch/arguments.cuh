@@ -3,7 +3,7 @@
 #include <cuda_runtime.h>
 
 #include "kernels/logits_sm80.cuh"
-#include "kernels/lse_arguments.cuh"
+#include "kernels/lse.cuh"
 #include "launch/dtype.cuh"
 #include "launch/launch_error.h"
 #include "launch/params.h"

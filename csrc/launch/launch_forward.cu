@@ -1,30 +1,30 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include "kernels/lse.cuh"
 #include "kernels/lse_epilogue.cuh"
-#include "kernels/lse_finish.cuh"
-#include "launch/inputs.cuh"
+#include "launch/arguments.cuh"
 #include "launch/launch.h"
-#include "launch/lce_forward_sm90.h"
-#include "launch/logits_sm80.cuh"
+#include "launch/launch_forward_sm90.h"
+#include "launch/launch_logits_sm80.cuh"
 
 namespace cce {
 namespace {
 
 // The log-sum-exps of each unit, and the tile map.
-template <DType kDType>
 LaunchError launch_lse(const LceForwardParams& p, const LceForwardPlan& plan, void* stream) {
 #if CCE_HAS_SM90
-  if (plan.logits.kernel == LogitsKernel::kSm90) return launch_lse_sm90<kDType>(p, plan, stream);
+  if (plan.logits.kernel == LogitsKernel::kSm90) return launch_lse_sm90(p, plan, stream);
 #endif
-  using Element = typename TypesOf<kDType>::Element;
-  return launch_logits_sm80<Element, LseEpilogue<Element>>(p.in, 0, p.in.v, plan.logits, plan.schedule,
-                                                           lse_arguments<Element>(p), stream);
+  return dispatch_16bit(p.in.dtype, [&](auto element) {
+    using Element = decltype(element);
+    return launch_logits_sm80<Element, LseEpilogue<Element>>(p.in, 0, p.in.v, plan.logits, plan.schedule,
+                                                             lse_arguments<Element>(p), stream);
+  });
 }
 
 }  // namespace
 
-template <DType kDType>
 LaunchError launch_lce_forward(const LceForwardParams& p, const LceForwardPlan& plan, int device,
                                void* stream) {
   if (p.in.n == 0) return {};
@@ -32,7 +32,7 @@ LaunchError launch_lce_forward(const LceForwardParams& p, const LceForwardPlan& 
   if (error != cudaSuccess) return cuda_error(error);
   // An empty vocabulary, such as a shard may have, has no product: its log-sum-exp is -inf.
   if (p.in.v > 0) {
-    if (const LaunchError failed = launch_lse<kDType>(p, plan, stream)) return failed;
+    if (const LaunchError failed = launch_lse(p, plan, stream)) return failed;
   }
 
   LseFinishArguments f;
@@ -48,10 +48,5 @@ LaunchError launch_lce_forward(const LceForwardParams& p, const LceForwardPlan& 
   lse_finish_kernel<<<blocks, kLseFinishThreads, 0, static_cast<cudaStream_t>(stream)>>>(f);
   return cuda_error(cudaGetLastError());
 }
-
-template LaunchError launch_lce_forward<DType::kFloat16>(const LceForwardParams&, const LceForwardPlan&, int,
-                                                         void*);
-template LaunchError launch_lce_forward<DType::kBFloat16>(const LceForwardParams&, const LceForwardPlan&, int,
-                                                          void*);
 
 }  // namespace cce

@@ -3,7 +3,7 @@
 
 #include "kernels/gradient_rows.cuh"
 #include "kernels/visit_plan.h"
-#include "launch/inputs.cuh"
+#include "launch/arguments.cuh"
 #include "launch/launch.h"
 
 namespace cce {

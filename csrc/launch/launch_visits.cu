@@ -8,15 +8,10 @@
 #include "kernels/visit_mask.cuh"
 #include "kernels/visit_plan.cuh"
 #include "kernels/visits_sm80.cuh"
-#include "launch/inputs.cuh"
+#include "launch/arguments.cuh"
 #include "launch/launch.h"
 
 namespace cce {
-
-static_assert(2 * kVisitStageBytes + sizeof(VisitsShared) <= kLeastSharedBytes,
-              "two stages of the visits' kernel fit every GPU");
-
-int visits_row_bytes() { return static_cast<int>(sizeof(VisitsShared)); }
 
 namespace {
 
@@ -47,14 +42,10 @@ LaunchError watch(const VisitWait& report, cudaStream_t stream) {
   return {"CUDA", text};
 }
 
-}  // namespace
-
 // Finds the visits, plans the work and does it.
-template <DType kDType>
-LaunchError launch_visits_backward(const LceBackwardParams& p, const VisitsScratch& scratch,
-                                   const VisitsPlan& plan, int device, void* stream) {
-  using Element = typename TypesOf<kDType>::Element;
-  if (p.in.n == 0) return {};
+template <typename Element>
+LaunchError launch_visits(const LceBackwardParams& p, const VisitsScratch& scratch, const VisitsPlan& plan,
+                          int device, void* stream) {
   const auto visits = visits_sm80_kernel<Element>;
   const auto on = static_cast<cudaStream_t>(stream);
   auto* control = static_cast<VisitControl*>(p.control);
@@ -130,9 +121,14 @@ LaunchError launch_visits_backward(const LceBackwardParams& p, const VisitsScrat
   return watched && error == cudaSuccess ? watch(*a.queue.gave_up, on) : cuda_error(error);
 }
 
-template LaunchError launch_visits_backward<DType::kFloat16>(const LceBackwardParams&, const VisitsScratch&,
-                                                             const VisitsPlan&, int, void*);
-template LaunchError launch_visits_backward<DType::kBFloat16>(const LceBackwardParams&, const VisitsScratch&,
-                                                              const VisitsPlan&, int, void*);
+}  // namespace
+
+LaunchError launch_visits_backward(const LceBackwardParams& p, const VisitsScratch& scratch,
+                                   const VisitsPlan& plan, int device, void* stream) {
+  if (p.in.n == 0) return {};
+  return dispatch_16bit(p.in.dtype, [&](auto element) {
+    return launch_visits<decltype(element)>(p, scratch, plan, device, stream);
+  });
+}
 
 }  // namespace cce

@@ -9,11 +9,11 @@
 #include "kernels/gradient_epilogue.cuh"
 #include "kernels/gradient_small.cuh"
 #include "kernels/live_product_sm80.cuh"
+#include "launch/arguments.cuh"
 #include "launch/cublas.h"
-#include "launch/gradient_sm90.h"
-#include "launch/inputs.cuh"
 #include "launch/launch.h"
-#include "launch/logits_sm80.cuh"
+#include "launch/launch_gradient_sm90.h"
+#include "launch/launch_logits_sm80.cuh"
 
 namespace cce {
 namespace {
@@ -60,20 +60,15 @@ BlasMatrix matrix(const Rows<Element>& rows, int64_t d) {
   return {rows.data, rows.count == 1 ? d : rows.stride};
 }
 
-}  // namespace
-
 // Chunk by chunk of the vocabulary: dz, then its products with E and C.
-template <DType kDType>
-LaunchError launch_exact_backward(const LceBackwardParams& p, const ExactScratch& scratch,
-                                  const ExactPlan& plan, const std::optional<Blas>& blas, int device,
-                                  void* stream) {
-  using Element = typename TypesOf<kDType>::Element;
-  if (p.in.n == 0) return {};
+template <typename Element>
+LaunchError launch_exact(const LceBackwardParams& p, const ExactScratch& scratch, const ExactPlan& plan,
+                         const std::optional<Blas>& blas, int device, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   const cudaError_t error = cudaSetDevice(device);
   if (error != cudaSuccess) return cuda_error(error);
   std::optional<Cublas> cublas;
-  if (blas) cublas.emplace(*blas, kDType);
+  if (blas) cublas.emplace(*blas, p.in.dtype);
 
   const uint32_t* largest = &control_of(p)->largest;
   // bf16 has no scale; of fp16's only the device knows.
@@ -139,10 +134,8 @@ LaunchError launch_exact_backward(const LceBackwardParams& p, const ExactScratch
   return cuda_error(cudaGetLastError());
 }
 
-template <DType kDType>
-LaunchError launch_round_gradient(const LceBackwardParams& p, int device, void* stream) {
-  using Element = typename TypesOf<kDType>::Element;
-  if (p.in.n == 0) return {};
+template <typename Element>
+LaunchError launch_round(const LceBackwardParams& p, int device, void* stream) {
   const cudaError_t error = cudaSetDevice(device);
   if (error != cudaSuccess) return cuda_error(error);
   const int64_t count = p.in.n * p.in.d;
@@ -154,13 +147,21 @@ LaunchError launch_round_gradient(const LceBackwardParams& p, int device, void* 
   return cuda_error(cudaGetLastError());
 }
 
-template LaunchError launch_exact_backward<DType::kFloat16>(const LceBackwardParams&, const ExactScratch&,
-                                                            const ExactPlan&, const std::optional<Blas>&, int,
-                                                            void*);
-template LaunchError launch_exact_backward<DType::kBFloat16>(const LceBackwardParams&, const ExactScratch&,
-                                                             const ExactPlan&, const std::optional<Blas>&,
-                                                             int, void*);
-template LaunchError launch_round_gradient<DType::kFloat16>(const LceBackwardParams&, int, void*);
-template LaunchError launch_round_gradient<DType::kBFloat16>(const LceBackwardParams&, int, void*);
+}  // namespace
+
+LaunchError launch_exact_backward(const LceBackwardParams& p, const ExactScratch& scratch,
+                                  const ExactPlan& plan, const std::optional<Blas>& blas, int device,
+                                  void* stream) {
+  if (p.in.n == 0) return {};
+  return dispatch_16bit(p.in.dtype, [&](auto element) {
+    return launch_exact<decltype(element)>(p, scratch, plan, blas, device, stream);
+  });
+}
+
+LaunchError launch_round_gradient(const LceBackwardParams& p, int device, void* stream) {
+  if (p.in.n == 0) return {};
+  return dispatch_16bit(p.in.dtype,
+                        [&](auto element) { return launch_round<decltype(element)>(p, device, stream); });
+}
 
 }  // namespace cce

@@ -4,15 +4,15 @@
 #include <cuda_runtime.h>
 
 #include "kernels/logits_sm90.cuh"
+#include "launch/arguments.cuh"
 #include "launch/heuristics.h"
-#include "launch/inputs.cuh"
 #include "launch/tensor_map.cuh"
 
 namespace cce {
 
 template <typename Element, typename Epilogue, int kCluster>
 LaunchError launch_logits_sm90_in_clusters(const LossInputs& in, int64_t first, int64_t columns,
-                                           const LogitsPlan& plan, const ForwardSchedule& schedule,
+                                           const LogitsPlan& plan, const LogitsSchedule& schedule,
                                            const typename Epilogue::Arguments& arguments, void* stream) {
   const auto kernel = logits_sm90_kernel<Element, Epilogue, kCluster, kSm90CacheHints>;
   cudaError_t error = allow_shared_memory(kernel, plan.shared_bytes);
@@ -49,7 +49,7 @@ LaunchError launch_logits_sm90_in_clusters(const LossInputs& in, int64_t first, 
 // As launch_logits_sm80, by Hopper's kernel.
 template <typename Element, typename Epilogue>
 LaunchError launch_logits_sm90(const LossInputs& in, int64_t first, int64_t columns, const LogitsPlan& plan,
-                               const ForwardSchedule& schedule, const typename Epilogue::Arguments& arguments,
+                               const LogitsSchedule& schedule, const typename Epilogue::Arguments& arguments,
                                void* stream) {
   const auto launch = plan.cluster == 2 ? launch_logits_sm90_in_clusters<Element, Epilogue, 2>
                                         : launch_logits_sm90_in_clusters<Element, Epilogue, 1>;

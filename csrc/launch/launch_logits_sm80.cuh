@@ -3,15 +3,15 @@
 #include <cuda_runtime.h>
 
 #include "kernels/logits_sm80.cuh"
+#include "launch/arguments.cuh"
 #include "launch/heuristics.h"
-#include "launch/inputs.cuh"
 
 namespace cce {
 
 // The product of E and rows [first, first + columns) of C, on the current device.
 template <typename Element, typename Epilogue>
 LaunchError launch_logits_sm80(const LossInputs& in, int64_t first, int64_t columns, const LogitsPlan& plan,
-                               const ForwardSchedule& schedule, const typename Epilogue::Arguments& arguments,
+                               const LogitsSchedule& schedule, const typename Epilogue::Arguments& arguments,
                                void* stream) {
   const auto kernel = logits_sm80_kernel<Element, Epilogue>;
   const cudaError_t error = allow_shared_memory(kernel, plan.shared_bytes);

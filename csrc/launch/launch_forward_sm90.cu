@@ -1,0 +1,16 @@
+#include "kernels/lse_epilogue_sm90.cuh"
+#include "launch/launch_forward_sm90.h"
+#include "launch/launch_logits_sm90.cuh"
+
+namespace cce {
+
+LaunchError launch_lse_sm90(const LceForwardParams& p, const LceForwardPlan& plan, void* stream) {
+  return dispatch_16bit(p.in.dtype, [&](auto element) {
+    using Element = decltype(element);
+    using Epilogue = LseEpilogueSm90<Element, kSm90PolynomialEighths>;
+    return launch_logits_sm90<Element, Epilogue>(p.in, 0, p.in.v, plan.logits, plan.schedule,
+                                                 lse_arguments<Element>(p), stream);
+  });
+}
+
+}  // namespace cce
