@@ -335,7 +335,7 @@ def _exact(g: Gradients, live: Tensor) -> None:
     rows = _live_rows(live)
     if rows is None and live.device.type != "cpu":
         # Masked, since 0 times a row that is not finite would reach every row of dC.
-        g = replace(g, e=g.e.masked_fill(~live[:, None], 0.0))
+        g = replace(g, e=g.e.masked_fill(~live[:, None], 0.0), lse=g.lse.masked_fill(~live, float("inf")))
     count, v = len(live) if rows is None else len(rows), len(g.classifier.c)
     step, width = _block_shape(g.e, count, v)
     chunks = [slice(i, min(i + step, count)) for i in range(0, count, step)]

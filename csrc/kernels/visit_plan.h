@@ -51,7 +51,9 @@ CCE_HOST_DEVICE inline int visit_size_class(uint32_t visits) {
 //
 // Tiles in order of falling size are cut into chunks of about `capacity` visits. The items come in the order
 // dz 0, dz 1, dC 0, dz 2, dC 1, dz 3 ..; a chunk's dC needs its dz, and its dz needs that the ring's buffer
-// is free: dC of the chunk three before. All that an item needs comes before it in the list.
+// is free: dC of the chunk three before, and of the one six before as well. The first would be enough if
+// every chunk had dz, which itself waits; but the last chunk before the tiles that lend may consist of tiles
+// that nobody visits, whose dC waits for nothing. All that an item needs comes before it in the list.
 //
 // Where tiles lend their rows of dC to dE's sums, these tiles make the last chunks. What they owe to dE is
 // added at the very first; dE is rounded after the last dz of the others, and then theirs is computed a
@@ -204,7 +206,7 @@ CCE_HOST_DEVICE void plan_visit_items(Block& block, const VisitPlanArguments& a,
                                         : VisitWork::kVisits;
     item.gate = leaves_dz(item.work) ? gate_of_dz(chunk_number) : kGateOfE;
     item.needs[0] = chunk < kVisitBuffers ? kNoGate : gate_of_dc(chunk_number - kVisitBuffers);
-    item.needs[1] = kNoGate;
+    item.needs[1] = chunk < 2 * kVisitBuffers ? kNoGate : gate_of_dc(chunk_number - 2 * kVisitBuffers);
     const uint32_t at_dz = begin_of_dz(chunk) + dz_before - a.chunk_begins[2 * chunk];
     for (uint32_t part = 0; part < parts; ++part) {
       item.part = part;
