@@ -17,7 +17,8 @@ from typing import Any, NoReturn, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from .api import FilterEps, LinearCrossEntropy, linear_cross_entropy
+from .api import LinearCrossEntropy, linear_cross_entropy
+from .options import FilterEps
 
 try:
     import transformers

@@ -234,4 +234,4 @@ def test_cuda_tensors_without_cuda_kernels_name_the_mend():
         for op in ("label_logits", "lce_forward", "lce_backward"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cce::{op}", "CUDA")
     with pytest.raises(RuntimeError, match="built without its CUDA kernels.*CCE_CUDA=ON"):
-        cce_ext.ops._no_cuda_kernels()
+        cce_ext.ops.refuse_cuda()
