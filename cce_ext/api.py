@@ -173,7 +173,7 @@ _P = ParamSpec("_P")
 def _takes(
     parameters_of: Callable[_P, object],
 ) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, _P], None]]:
-    """Shows an __init__ that hands its arguments on to another callable with that one's signature, to type checkers too."""
+    """Gives an __init__ that hands its arguments on to another callable that one's signature."""
 
     def decorate(init: Callable[..., None]) -> Callable[Concatenate[Any, _P], None]:
         of_self = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
