@@ -1,8 +1,8 @@
 """Cut cross-entropy: the loss layer of large-vocabulary language models, without the logits."""
 
 from .api import LinearCrossEntropy, compute_z_loss, linear_cross_entropy
-from .methods import IMPLS
 from .ops import HAS_CUDA
+from .options import IMPLS
 from .vocab_parallel import VocabParallelOptions
 
 __version__ = "0.1.1"

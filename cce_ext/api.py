@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, overload
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
 from . import reference, vocab_parallel
-from .checks import check_inputs, check_options, check_shift, check_target_range, may_look_at
-from .methods import DENSE, choose
 from .ops import autocast_inputs, register_composite
+from .options import (
+    DENSE,
+    FilterEps,
+    LossOptions,
+    Options,
+    check_inputs,
+    check_reduction,
+    check_shift,
+    check_softcap,
+    check_target_range,
+    may_look_at,
+    resolve_method,
+)
 from .vocab_parallel import VocabParallelOptions
 
-FilterEps = float | Literal["auto"] | None
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # One int64 holds all the randomness of a call; 2^63 - 1 is the widest range torch.randint takes.
 _SEEDS = 2**63 - 1
@@ -33,15 +46,24 @@ def linear_cross_entropy(
     reduction: str = ...,
     shift: bool | int = ...,
     return_lse: Literal[False] = ...,
-    filter_eps: FilterEps = ...,
-    accum_e_fp32: bool = ...,
-    accum_c_fp32: bool = ...,
-    filter_e_grad: bool = ...,
-    filter_c_grad: bool = ...,
-    impl: str = ...,
-    vocab_parallel_options: VocabParallelOptions | None = ...,
-    mean_group: dist.ProcessGroup | None = ...,
+    **options: Unpack[LossOptions],
 ) -> Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = ...,
+    ignore_index: int = ...,
+    softcap: float | None = ...,
+    reduction: str = ...,
+    shift: bool | int = ...,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[LossOptions],
+) -> tuple[Tensor, Tensor]: ...
 
 
 @overload
@@ -126,64 +148,56 @@ def linear_cross_entropy(
 
     Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (2024); sampling: docs/design.md.
     """
-    loss, lse = _loss_and_lse(
-        e,
-        c,
-        targets,
-        bias,
-        ignore_index,
-        softcap,
-        reduction,
-        shift,
-        filter_eps,
-        filter_e_grad,
-        filter_c_grad,
-        impl,
-        vocab_parallel_options,
-        mean_group,
+    options = Options(
+        ignore_index=ignore_index,
+        softcap=softcap,
+        reduction=reduction,
+        shift=shift,
+        return_lse=return_lse,
+        filter_eps=filter_eps,
+        accum_e_fp32=accum_e_fp32,
+        accum_c_fp32=accum_c_fp32,
+        filter_e_grad=filter_e_grad,
+        filter_c_grad=filter_c_grad,
+        impl=impl,
+        vocab_parallel_options=vocab_parallel_options,
+        mean_group=mean_group,
     )
+    loss, lse = _loss_and_lse(e, c, targets, bias, options)
     return (loss, lse) if return_lse else loss
 
 
-class LinearCrossEntropy(nn.Module):
-    """linear_cross_entropy with its options bound. Holds no parameters: e, c and bias come with the call."""
+_P = ParamSpec("_P")
 
-    def __init__(
-        self,
-        ignore_index: int = -100,
-        softcap: float | None = None,
-        reduction: str = "mean",
-        shift: bool | int = 0,
-        return_lse: bool = False,
-        filter_eps: FilterEps = "auto",
-        accum_e_fp32: bool = False,
-        accum_c_fp32: bool = False,
-        filter_e_grad: bool = True,
-        filter_c_grad: bool = True,
-        impl: str = "cce",
-        vocab_parallel_options: VocabParallelOptions | None = None,
-        mean_group: dist.ProcessGroup | None = None,
-    ) -> None:
+
+def _takes(
+    parameters_of: Callable[_P, object],
+) -> Callable[[Callable[..., None]], Callable[Concatenate[Any, _P], None]]:
+    """Gives an __init__ that hands its arguments on to another callable that one's signature."""
+
+    def decorate(init: Callable[..., None]) -> Callable[Concatenate[Any, _P], None]:
+        of_self = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        parameters = inspect.signature(parameters_of).parameters.values()
+        init.__signature__ = inspect.Signature([of_self, *parameters])  # type: ignore[attr-defined]
+        return init
+
+    return decorate
+
+
+class LinearCrossEntropy(nn.Module):
+    """linear_cross_entropy with its options bound. Holds no parameters: e, c and bias come with the call.
+
+    Attributes:
+        options: all of them by name.
+    """
+
+    @_takes(Options)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Options as in linear_cross_entropy. Raises ValueError for those that no call could take."""
         super().__init__()
-        check_options(reduction, softcap)
-        if impl not in DENSE:
-            choose(impl, filter_eps, filter_e_grad, filter_c_grad, torch.float32)
-        self.options: dict[str, Any] = {
-            "ignore_index": ignore_index,
-            "softcap": softcap,
-            "reduction": reduction,
-            "shift": shift,
-            "return_lse": return_lse,
-            "filter_eps": filter_eps,
-            "accum_e_fp32": accum_e_fp32,
-            "accum_c_fp32": accum_c_fp32,
-            "filter_e_grad": filter_e_grad,
-            "filter_c_grad": filter_c_grad,
-            "impl": impl,
-            "vocab_parallel_options": vocab_parallel_options,
-            "mean_group": mean_group,
-        }
+        options = Options(*args, **kwargs)
+        options.check()
+        self.options: dict[str, Any] = dict(vars(options))
 
     def forward(
         self, e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None
@@ -212,7 +226,7 @@ def compute_z_loss(
 
     Returns: a scalar, or lse's shape for "none", in lse's dtype. Raises ValueError for shapes or options.
     """
-    check_options(reduction, None)
+    check_reduction(reduction)
     z_loss = lse.square()
     if targets is None:
         return z_loss.mean() if reduction == "mean" else z_loss.sum() if reduction == "sum" else z_loss
@@ -228,37 +242,28 @@ def compute_z_loss(
 
 
 def _loss_and_lse(
-    e: Tensor,
-    c: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    softcap: float | None,
-    reduction: str,
-    shift: bool | int,
-    filter_eps: FilterEps,
-    filter_e_grad: bool,
-    filter_c_grad: bool,
-    impl: str,
-    vocab_parallel_options: VocabParallelOptions | None = None,
-    mean_group: dist.ProcessGroup | None = None,
+    e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
-    shard, whole, stream = None, None, 0
-    if vocab_parallel_options is not None:
-        shard, stream = vocab_parallel.shard_of(vocab_parallel_options), vocab_parallel_options.start
+    ignore_index, softcap, impl = options.ignore_index, options.softcap, options.impl
+    # localize's from_local makes DTensors of what each rank has of the results.
+    shard, from_local, seed_salt = None, None, 0
+    if options.vocab_parallel_options is not None:
+        shard = vocab_parallel.shard_of(options.vocab_parallel_options)
+        seed_salt = shard.start
     if any(_is_dtensor(x) for x in (e, c, targets, bias)):
         if shard is not None:
             raise ValueError("vocab_parallel_options: expected None where e, c or targets are DTensors, which say it")
         from .distributed import localize
 
-        e, c, targets, bias, shard, whole, stream = localize(e, c, targets, bias, int(shift))
+        e, c, targets, bias, shard, from_local, seed_salt = localize(e, c, targets, bias, int(options.shift))
 
     e, c, bias = autocast_inputs(e, c, bias)
     check_inputs(e, c, targets, bias)
-    check_options(reduction, softcap)
+    check_reduction(options.reduction)
+    check_softcap(softcap)
     if shard is not None:
         vocab_parallel.check_rows(shard, c)
-    shift = check_shift(shift, targets)
+    shift = check_shift(options.shift, targets)
     if shift:
         # e is not cut: the last positions have no label left, which is what ignore_index says.
         targets = nn.functional.pad(targets[..., shift:], (0, shift), value=ignore_index)
@@ -275,14 +280,14 @@ def _loss_and_lse(
             dense = functools.partial(vocab_parallel.dense_forward, shard, dense)
         nll, lse = dense(rows, c, bias, labels, ignore_index, softcap)
     else:
-        method = choose(impl, filter_eps, filter_e_grad, filter_c_grad, e.dtype)
+        method = resolve_method(options, e.dtype)
         trains = torch.is_grad_enabled() and (
             e.requires_grad or c.requires_grad or (bias is not None and bias.requires_grad)
         )
         seed = None
         if trains and method.draws:
             # Ranks that are seeded alike, as tensor-parallel ones are, must not draw the same visits of their shards.
-            seed = torch.randint(_SEEDS, (1,), device=e.device) ^ stream
+            seed = torch.randint(_SEEDS, (1,), device=e.device) ^ seed_salt
         forward: Callable[..., Any] = torch.ops.cce.lce_forward
         if shard is not None:
             forward = functools.partial(vocab_parallel.lce_forward, shard)
@@ -294,19 +299,16 @@ def _loss_and_lse(
             seed,
             ignore_index=ignore_index,
             softcap=softcap,
-            method=method.name,
-            eps=method.eps,
-            filter_e=method.filter_e,
-            filter_c=method.filter_c,
             need_map=trains and method.needs_map,
+            **method.keywords(),
         )
 
     nll, lse, counts = nll.reshape(shape), lse.reshape(shape), targets != ignore_index
     if shift:
         nll, lse, counts = (x[..., :-shift] for x in (nll, lse, counts))
-    if whole is not None:
-        nll, lse, counts = (whole(x) for x in (nll, lse, counts))
-    return _reduce(nll, counts, reduction, mean_group), lse
+    if from_local is not None:
+        nll, lse, counts = (from_local(x) for x in (nll, lse, counts))
+    return _reduce(nll, counts, options.reduction, options.mean_group), lse
 
 
 def _is_dtensor(x: Tensor | None) -> bool:
@@ -337,35 +339,18 @@ def _compiled_reference() -> Callable[..., tuple[Tensor, Tensor]]:
     return compiled
 
 
-def _operator(
-    e: Tensor,
-    c: Tensor,
-    targets: Tensor,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    softcap: float | None = None,
-    reduction: str = "mean",
-    shift: int = 0,
-    filter_eps: float | None = -1.0,
-    filter_e_grad: bool = True,
-    filter_c_grad: bool = True,
-    impl: str = "cce",
-) -> Tensor:
-    """cce::linear_cross_entropy. A schema's argument has one type, so that here -1 stands for filter_eps "auto"."""
-    return _loss_and_lse(
-        e,
-        c,
-        targets,
-        bias,
-        ignore_index,
-        softcap,
-        reduction,
-        shift,
-        "auto" if filter_eps == -1.0 else filter_eps,
-        filter_e_grad,
-        filter_c_grad,
-        impl,
-    )[0]
+_OPERATOR_OPTIONS = [x.name for x in torch.ops.cce.linear_cross_entropy.default._schema.arguments][4:]
+
+
+def _operator(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None, *args: Any) -> Tensor:
+    """cce::linear_cross_entropy. PyTorch leaves out the last arguments that have their schema's defaults.
+
+    A schema's argument has one type, so that here -1 stands for filter_eps "auto".
+    """
+    given = dict(zip(_OPERATOR_OPTIONS, args, strict=False))
+    if given.get("filter_eps") == -1.0:
+        given["filter_eps"] = "auto"
+    return _loss_and_lse(e, c, targets, bias, Options(**given))[0]
 
 
 register_composite(_operator)

@@ -12,8 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from . import vocab_parallel
-from .vocab_parallel import VocabParallelOptions
+from .vocab_parallel import VocabParallelOptions, VocabShard
 
 __all__ = ["LossParallel", "VocabParallelOptions"]
 
@@ -66,17 +65,17 @@ class LossParallel(ParallelStyle):
 class Local(NamedTuple):
     """What this rank computes on.
 
-    whole: turns a per-token tensor [.., T - shift] of it into a DTensor. stream: which random numbers of one seed are
-    this rank's, among ranks of other tokens or other rows. DTensors' users seed all ranks alike.
+    from_local: turns a per-token tensor [.., T - shift] of it into a DTensor. seed_salt: what the rank's seed is xored
+    with, another number on each rank of other tokens or other rows, for DTensors' users seed all ranks alike.
     """
 
     e: Tensor
     c: Tensor
     targets: Tensor
     bias: Tensor | None
-    shard: vocab_parallel.Shard | None
-    whole: Callable[[Tensor], DTensor]
-    stream: int
+    shard: VocabShard | None
+    from_local: Callable[[Tensor], DTensor]
+    seed_salt: int
 
 
 def localize(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, shift: int) -> Local:
@@ -95,7 +94,7 @@ def localize(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, shift: 
         raise ValueError("bias: expected a DTensor like c, got a plain tensor")
 
     dims = range(mesh.ndim)
-    vocab = [m for m in dims if _shards(c.placements[m], [0])]
+    vocab = [m for m in dims if _is_shard(c.placements[m], [0])]
     if len(vocab) > 1 or not all(m in vocab or c.placements[m].is_replicate() for m in dims):
         raise ValueError(
             f"c: expected Shard(0) over one mesh dimension at most and Replicate over the others, got {c.placements}; "
@@ -105,10 +104,12 @@ def localize(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, shift: 
     token_dims = range(e.ndim - 1)
     for name, x in (("e", e), ("targets", targets)):
         given = x.placements if isinstance(x, DTensor) else ()
-        if not all(p.is_replicate() or _shards(p, range(x.ndim)) for p in given):
+        if not all(p.is_replicate() or _is_shard(p, range(x.ndim)) for p in given):
             raise ValueError(f"{name}: expected Replicate or Shard, got {given}; redistribute it first")
 
-    tokens = tuple(p if m not in vocab and _shards(p, token_dims) else Replicate() for m, p in enumerate(e.placements))
+    tokens = tuple(
+        p if m not in vocab and _is_shard(p, token_dims) else Replicate() for m, p in enumerate(e.placements)
+    )
     split = [m for m in dims if tokens[m].is_shard()]
     if not isinstance(targets, DTensor):
         if split:
@@ -116,7 +117,7 @@ def localize(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, shift: 
                 f"targets: expected a DTensor where e is sharded over tokens ({e.placements}), got a tensor"
             )
         targets = DTensor.from_local(targets, mesh, tokens, run_check=False)
-    if shift and any(_shards(tokens[m], [e.ndim - 2]) for m in split):
+    if shift and any(_is_shard(tokens[m], [e.ndim - 2]) for m in split):
         raise ValueError(
             f"shift: expected 0 where the tokens' last dimension stays sharded ({e.placements}), got {shift}: a label "
             "is on another rank; shift the targets before they are sharded"
@@ -125,7 +126,7 @@ def localize(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, shift: 
     shape = targets.shape
     targets = targets.redistribute(placements=tokens)
 
-    def whole(x: Tensor) -> DTensor:
+    def from_local(x: Tensor) -> DTensor:
         size = torch.Size([*shape[:-1], shape[-1] - shift]) if shift else shape
         strides = [math.prod(size[i + 1 :]) for i in range(len(size))]
         return DTensor.from_local(x, mesh, tokens, run_check=False, shape=size, stride=tuple(strides))
@@ -133,7 +134,7 @@ def localize(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, shift: 
     # Each rank's part of a sum over what the mesh dimension shards.
     e_gradient = [Partial() if m in vocab else tokens[m] for m in dims]
     c_gradient = [Partial() if m in split else p for m, p in enumerate(c.placements)]
-    shard = _shard(c, mesh, vocab[0]) if vocab else None
+    shard = _vocab_shard(c, mesh, vocab[0]) if vocab else None
     part = 0
     for m in split:
         part = part * mesh.size(m) + mesh.get_local_rank(m)
@@ -143,8 +144,8 @@ def localize(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, shift: 
         targets.to_local(),
         None if bias is None else bias.redistribute(placements=c.placements).to_local(grad_placements=c_gradient),
         shard,
-        whole,
-        stream=part * len(c) + (0 if shard is None else shard.start),
+        from_local,
+        seed_salt=part * len(c) + (0 if shard is None else shard.start),
     )
 
 
@@ -154,19 +155,19 @@ def replicated(x: Tensor) -> Tensor:
     return x.redistribute(placements=[Replicate()] * x.device_mesh.ndim)
 
 
-def _shards(placement: Placement, dims: Iterable[int]) -> bool:
+def _is_shard(placement: Placement, dims: Iterable[int]) -> bool:
     """Whether it is Shard over one of the dims: not a subclass, such as FSDP's of early releases, with other rows."""
     return type(placement) is Shard and placement.dim in dims
 
 
-def _shard(c: DTensor, mesh: DeviceMesh, vocab: int) -> vocab_parallel.Shard:
+def _vocab_shard(c: DTensor, mesh: DeviceMesh, vocab: int) -> VocabShard:
     """This rank's rows of c, cut as Shard(0) cuts: in chunks of one size, the last ones smaller."""
     v, ranks, rank = len(c), mesh.size(vocab), mesh.get_local_rank(vocab)
     rows = -(-v // ranks)
     if rows * (ranks - 1) >= v:
         raise ValueError(f"c: Shard(0) of its {v} rows over {ranks} ranks leaves the last ranks none; use fewer ranks")
     start = rank * rows
-    return vocab_parallel.Shard(
+    return VocabShard(
         start,
         min(start + rows, v),
         mesh.get_group(vocab).group_name,

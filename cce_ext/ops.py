@@ -14,9 +14,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import chunked
-from .checks import check_inputs, check_options, check_target_range, may_look_at
-from .methods import check_eps
+from . import portable
+from .options import KernelOptions, check_inputs, check_target_range, may_look_at
 
 LIBRARY = Path(__file__).with_name("_C.abi3.so")
 if not LIBRARY.exists():
@@ -31,24 +30,19 @@ HAS_CUDA: bool = json.loads(torch.ops.cce.build_info())["cuda"]
 _library = torch.library.Library("cce", "IMPL")
 
 
-def _check_call(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None) -> None:
+def _checked(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, keywords: dict[str, Any]) -> KernelOptions:
+    """The options of a call whose inputs are right. Raises TypeError and ValueError."""
+    options = KernelOptions(**keywords)
     if e.dim() != 2:
         raise ValueError(f"e: expected [N, D], got {list(e.shape)}")
     check_inputs(e, c, targets, bias)
-    check_options("none", softcap)
+    options.check()
+    return options
 
 
-def _label_logits(
-    e: Tensor,
-    c: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    *,
-    ignore_index: int = -100,
-    softcap: float | None = None,
-) -> Tensor:
-    _check_call(e, c, bias, targets, softcap)
-    return chunked.label_logits(e, c, bias, targets, ignore_index, softcap)
+def _label_logits(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, **keywords: Any) -> Tensor:
+    options = _checked(e, c, bias, targets, keywords)
+    return portable.label_logits(e, c, bias, targets, options.ignore_index, options.softcap)
 
 
 def _lce_forward(
@@ -58,24 +52,16 @@ def _lce_forward(
     targets: Tensor,
     seed: Tensor | None,
     *,
-    ignore_index: int = -100,
-    softcap: float | None = None,
-    method: str = "sampled",
-    eps: float = 2.0**-9,
-    filter_e: bool = True,
-    filter_c: bool = True,
     need_map: bool = True,
+    **keywords: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_call(e, c, bias, targets, softcap)
-    check_eps(method, eps, "eps")
+    options = _checked(e, c, bias, targets, keywords)
     if may_look_at(targets):
-        check_target_range(targets, len(c), ignore_index)
+        check_target_range(targets, len(c), options.ignore_index)
     # The operator where it has a kernel of its own; elsewhere it would only be a longer way to the same function.
-    label_logits = torch.ops.cce.label_logits if HAS_CUDA and e.is_cuda else chunked.label_logits
-    label = label_logits(e, c, bias, targets, ignore_index=ignore_index, softcap=softcap)
-    return chunked.lce_forward(
-        e, c, bias, targets, label, ignore_index=ignore_index, softcap=softcap, need_map=need_map
-    )
+    label_logits = torch.ops.cce.label_logits if HAS_CUDA and e.is_cuda else portable.label_logits
+    label = label_logits(e, c, bias, targets, ignore_index=options.ignore_index, softcap=options.softcap)
+    return portable.lce_forward(e, c, bias, targets, label, options=options, need_map=need_map)
 
 
 def _lce_backward(
@@ -90,42 +76,22 @@ def _lce_backward(
     tile_map: Tensor,
     seed: Tensor | None,
     *,
-    ignore_index: int = -100,
-    softcap: float | None = None,
-    method: str = "sampled",
-    eps: float = 2.0**-9,
-    filter_e: bool = True,
-    filter_c: bool = True,
     need_e: bool = True,
     need_c: bool = True,
     need_bias: bool = False,
+    **keywords: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_call(e, c, bias, targets, softcap)
-    check_eps(method, eps, "eps")
-    if method != "exact" and tile_map.shape != (chunked.num_tiles(len(c)), len(e)):
+    options = _checked(e, c, bias, targets, keywords)
+    if options.method != "exact" and tile_map.shape != (portable.num_tiles(len(c)), len(e)):
         raise ValueError(
-            f"tile_map: expected [{chunked.num_tiles(len(c))}, {len(e)}], got {list(tile_map.shape)} "
+            f"tile_map: expected [{portable.num_tiles(len(c))}, {len(e)}], got {list(tile_map.shape)} "
             "(lce_forward leaves none with need_map=False)"
         )
-    if method == "sampled" and seed is None:
+    if options.method == "sampled" and seed is None:
         raise ValueError("seed: the sampled method needs one, a [1] int64 tensor, got None")
-    gradients = chunked.lce_backward(
-        g_nll,
-        g_lse,
-        e,
-        c,
-        bias,
-        targets,
-        nll,
-        lse,
-        tile_map,
-        seed,
-        ignore_index=ignore_index,
-        softcap=softcap,
-        method=method,
-        eps=eps,
-        filter_e=filter_e,
-        filter_c=filter_c,
+    gradients = portable.lce_backward(
+        *(g_nll, g_lse, e, c, bias, targets, nll, lse, tile_map, seed),
+        options=options,
         need_e=need_e,
         need_c=need_c,
         need_bias=need_bias,
@@ -134,17 +100,9 @@ def _lce_backward(
     return d_e, d_c, d_bias
 
 
-def _label_logits_fake(
-    e: Tensor,
-    c: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    *,
-    ignore_index: int = -100,
-    softcap: float | None = None,
-) -> Tensor:
-    _check_call(e, c, bias, targets, softcap)
-    return e.new_empty(e.shape[0], dtype=chunked.accumulate_dtype(e))
+def _label_logits_fake(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, **keywords: Any) -> Tensor:
+    _checked(e, c, bias, targets, keywords)
+    return e.new_empty(e.shape[0], dtype=portable.accumulate_dtype(e))
 
 
 def _lce_forward_fake(
@@ -154,18 +112,12 @@ def _lce_forward_fake(
     targets: Tensor,
     seed: Tensor | None,
     *,
-    ignore_index: int = -100,
-    softcap: float | None = None,
-    method: str = "sampled",
-    eps: float = 2.0**-9,
-    filter_e: bool = True,
-    filter_c: bool = True,
     need_map: bool = True,
+    **keywords: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_call(e, c, bias, targets, softcap)
-    check_eps(method, eps, "eps")
-    n, dtype = e.shape[0], chunked.accumulate_dtype(e)
-    tiles = (chunked.num_tiles(c.shape[0]), n) if need_map else (0, 0)
+    _checked(e, c, bias, targets, keywords)
+    n, dtype = e.shape[0], portable.accumulate_dtype(e)
+    tiles = (portable.num_tiles(c.shape[0]), n) if need_map else (0, 0)
     return e.new_empty(n, dtype=dtype), e.new_empty(n, dtype=dtype), e.new_empty(tiles, dtype=torch.bfloat16)
 
 
@@ -175,16 +127,11 @@ def _lce_backward_fake(
     e: Tensor,
     c: Tensor,
     bias: Tensor | None,
-    targets: Tensor,
-    nll: Tensor,
-    lse: Tensor,
-    tile_map: Tensor,
-    seed: Tensor | None,
-    *,
+    *saved: Tensor | None,
     need_e: bool = True,
     need_c: bool = True,
     need_bias: bool = False,
-    **options: Any,
+    **keywords: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         e.new_empty(e.shape if need_e else (0,)),
@@ -285,7 +232,8 @@ def register_composite(kernel: Callable[..., Tensor]) -> None:
     _library.impl("linear_cross_entropy", kernel, "CompositeImplicitAutograd")
 
 
-def _no_cuda_kernels(*args: Any, **kwargs: Any) -> NoReturn:
+def refuse_cuda(*args: Any, **kwargs: Any) -> NoReturn:
+    """The operators' CUDA kernel in a build that has none. Raises RuntimeError that says how to get them."""
     raise RuntimeError(
         "cce_ext was built without its CUDA kernels (CCE_CUDA=OFF, or no nvcc was found), so that it cannot serve CUDA "
         "tensors: put CUDA's nvcc on the PATH and install it again with `CCE_CUDA=ON pip install --force-reinstall "
@@ -295,4 +243,4 @@ def _no_cuda_kernels(*args: Any, **kwargs: Any) -> NoReturn:
 
 if not HAS_CUDA and torch.version.hip is None:
     for _name in ("label_logits", "lce_forward", "lce_backward"):
-        _library.impl(_name, _no_cuda_kernels, "CUDA")
+        _library.impl(_name, refuse_cuda, "CUDA")

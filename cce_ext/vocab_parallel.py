@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from .checks import may_look_at
 from .ops import gradients
+from .options import may_look_at
 
 # What a shard's kernels know an ignored token by: the caller's ignore_index, less start, could be one of its rows.
 _IGNORED = -1
@@ -65,8 +65,11 @@ class VocabParallelOptions:
         return cls(start, start + rows + (rank < more), group, reduce_e_grad)
 
 
-class Shard(NamedTuple):
-    """VocabParallelOptions as a call needs them."""
+class VocabShard(NamedTuple):
+    """VocabParallelOptions as a call needs them: rows [start, stop) of the classifier, on rank of ranks.
+
+    group: the process group's name, by which the collectives know it.
+    """
 
     start: int
     stop: int
@@ -76,10 +79,11 @@ class Shard(NamedTuple):
     reduce_e_grad: bool
 
 
-def shard_of(options: VocabParallelOptions) -> Shard:
+def shard_of(options: VocabParallelOptions) -> VocabShard:
+    """This rank's shard. Raises what torch.distributed does where the process is not of the group."""
     group = dist.group.WORLD if options.group is None else options.group
     assert group is not None
-    return Shard(
+    return VocabShard(
         options.start,
         options.stop,
         group.group_name,
@@ -89,7 +93,8 @@ def shard_of(options: VocabParallelOptions) -> Shard:
     )
 
 
-def check_rows(shard: Shard, c: Tensor) -> None:
+def check_rows(shard: VocabShard, c: Tensor) -> None:
+    """Raises ValueError where c does not have as many rows as the shard."""
     if len(c) != shard.stop - shard.start:
         raise ValueError(
             f"c: expected {shard.stop - shard.start} rows, this rank's [{shard.start}, {shard.stop}) of "
@@ -98,7 +103,7 @@ def check_rows(shard: Shard, c: Tensor) -> None:
 
 
 def lce_forward(
-    shard: Shard,
+    shard: VocabShard,
     e: Tensor,
     c: Tensor,
     bias: Tensor | None,
@@ -114,7 +119,7 @@ def lce_forward(
 
 
 def dense_forward(
-    shard: Shard,
+    shard: VocabShard,
     forward: Callable[..., tuple[Tensor, Tensor]],
     e: Tensor,
     c: Tensor,
@@ -134,7 +139,7 @@ def mean_count(count: Tensor, group: dist.ProcessGroup) -> Tensor:
     return all_reduce(count, group.group_name) / dist.get_world_size(group)
 
 
-def _local_labels(shard: Shard, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def _local_labels(shard: VocabShard, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Labels as rows of this shard, and whether they are its own (of ignored tokens that means nothing).
 
     A token whose label is elsewhere gets one of this shard's rows: what the tile map is relative to, and a tile that is
@@ -147,7 +152,7 @@ def _local_labels(shard: Shard, targets: Tensor, ignore_index: int) -> tuple[Ten
 
 
 def _combine(
-    shard: Shard, lse: Tensor, label: Tensor, labels: Tensor, mine: Tensor, targets: Tensor
+    shard: VocabShard, lse: Tensor, label: Tensor, labels: Tensor, mine: Tensor, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
     """nll and lse over the whole vocabulary from each shard's lse and (where it is mine) label logit, all [N].
 
@@ -187,7 +192,7 @@ class _LceForward(torch.autograd.Function):
         mine: Tensor,
         seed: Tensor | None,
         targets: Tensor,
-        shard: Shard,
+        shard: VocabShard,
         options: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
         nll, lse, tile_map = torch.ops.cce.lce_forward(e, c, bias, labels, seed, ignore_index=_IGNORED, **options)
@@ -232,7 +237,7 @@ _differentiable: Callable[..., tuple[Tensor, Tensor]] = _LceForward.apply
 _sum_gradient: Callable[[Tensor, str], Tensor] = _SumGradient.apply
 
 
-def _shared(shard: Shard, e: Tensor) -> Tensor:
+def _shared(shard: VocabShard, e: Tensor) -> Tensor:
     return _sum_gradient(e, shard.group) if shard.reduce_e_grad else e
 
 

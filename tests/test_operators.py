@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 from problems import peaked
@@ -10,6 +12,7 @@ from torch.nn import functional as F
 
 import cce_ext
 from cce_ext import linear_cross_entropy
+from cce_ext.options import KernelOptions, Options
 
 OPTIONS = [
     {"method": "sampled"},
@@ -197,6 +200,17 @@ def test_needed_gradients_only():
         assert [g.numel() > 0 for g in grads] == [bool(need_e), bool(need_c), bool(need_bias)]
 
 
+def test_defaults_are_those_of_the_schemas():
+    """PyTorch leaves out of a call to a Python kernel what has its schema's default."""
+    ops = torch.ops.cce
+    for op in (ops.lce_forward, ops.lce_backward, ops.lce_forward_portable, ops.lce_backward_portable):
+        defaults = {x.name: x.default_value for x in op.default._schema.arguments if x.kwarg_only}
+        assert {x.name: x.default for x in fields(KernelOptions)}.items() <= defaults.items()
+    defaults = {x.name: x.default_value for x in ops.linear_cross_entropy.default._schema.arguments[4:]}
+    assert defaults.pop("filter_eps") == -1.0
+    assert defaults.items() <= {x.name: x.default for x in fields(Options)}.items()
+
+
 def test_operator_errors():
     p = problem("cpu")
     ops = torch.ops.cce
@@ -234,4 +248,4 @@ def test_cuda_tensors_without_cuda_kernels_name_the_mend():
         for op in ("label_logits", "lce_forward", "lce_backward"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cce::{op}", "CUDA")
     with pytest.raises(RuntimeError, match="built without its CUDA kernels.*CCE_CUDA=ON"):
-        cce_ext.ops._no_cuda_kernels()
+        cce_ext.ops.refuse_cuda()

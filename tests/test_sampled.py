@@ -8,7 +8,7 @@ import pytest
 import torch
 from problems import oracle, peaked, uniform, upstream
 
-from cce_ext import chunked, linear_cross_entropy
+from cce_ext import linear_cross_entropy, portable
 from cce_ext.sampling import CHAIN_TILES, CHAIN_TOKENS, draw_visits
 
 EPS = 2.0**-4
@@ -129,7 +129,7 @@ def count_visits(p, eps, seeds):
     """Visits of each token, one row a seed."""
     counts = torch.zeros(seeds, len(p.e), dtype=torch.long)
     seed = 0
-    original = chunked.Gradients.add
+    original = portable.Gradients.add
 
     def counting(self, v0, v1, visits, threshold=None):
         for visit in visits:
@@ -138,7 +138,7 @@ def count_visits(p, eps, seeds):
 
     outputs = forward(p)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked.Gradients, "add", counting)
+        patch.setattr(portable.Gradients, "add", counting)
         for seed in range(seeds):
             backward(p, outputs, seed, eps=eps)
     return counts

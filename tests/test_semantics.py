@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from problems import Problem, peaked
 from torch.nn import functional as F
 
 from cce_ext import IMPLS, LinearCrossEntropy, compute_z_loss, linear_cross_entropy
+from cce_ext.options import Options
 
 CCE = ["cce", "cce_exact", "cce_threshold"]
 EAGER = [*CCE, "reference"]
@@ -229,6 +231,13 @@ def test_z_loss_errors():
         compute_z_loss(torch.zeros(2, 8), torch.zeros(2, 8, dtype=torch.long), shift=1)
     with pytest.raises(ValueError, match="reduction: .*'max'"):
         compute_z_loss(torch.zeros(2, 8), reduction="max")
+
+
+def test_function_and_module_take_the_options():
+    options = [(x.name, x.default) for x in inspect.signature(Options).parameters.values()]
+    for takes, own in ((linear_cross_entropy, 4), (LinearCrossEntropy, 0)):
+        parameters = list(inspect.signature(takes).parameters.values())[own:]
+        assert [(x.name, x.default) for x in parameters] == options
 
 
 def test_module_is_the_function(device):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import math
 import pickle
 import re
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from cce_ext import transformers as patching  # noqa: E402
+from cce_ext import linear_cross_entropy  # noqa: E402
 from cce_ext.transformers import cce_patch, cce_unpatch, supported  # noqa: E402
 
 VOCAB = 173
@@ -350,6 +351,13 @@ def test_generation():
     assert torch.equal(cce_patch(model).generate(tokens, max_new_tokens=5, do_sample=False), unpatched)
 
 
+def test_defaults_are_those_of_the_loss():
+    parameters = inspect.signature(cce_patch).parameters
+    options = inspect.signature(linear_cross_entropy).parameters
+    assert parameters.keys() - options.keys() == {"model_or_model_type", "train_only"}
+    assert all(parameters[name].default == options[name].default for name in list(parameters)[1:-1])
+
+
 @pytest.mark.parametrize("divided", [{}, {"num_items_in_batch": 7}], ids=["", "divided"])
 def test_options_reach_the_loss(monkeypatch, divided):
     seen = {}
@@ -358,7 +366,7 @@ def test_options_reach_the_loss(monkeypatch, divided):
         seen.update(options)
         return torch.zeros((), requires_grad=True)
 
-    monkeypatch.setattr(patching, "linear_cross_entropy", loss)
+    monkeypatch.setattr("cce_ext.transformers.logits.linear_cross_entropy", loss)
     wanted = {
         "impl": "cce_kahan",
         "reduction": "mean",

@@ -1,4 +1,4 @@
-"""The three methods in plain torch, for any device and float dtype: never holds the [N, V] logits.
+"""The three methods in plain torch, for any device and float dtype, which never hold the [N, V] logits.
 
 Forward walks blocks of tokens by vocabulary; backward visits (tokens, columns) pairs chosen by the method.
 Same contract as the CUDA kernels; their oracle, together with reference.py.
@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .options import KernelOptions
 from .sampling import CHAIN_TILES, TILE_COLUMNS, draw_visits, log_visit_rate, visit_probabilities
 
 # The paper's filter drops blocks of this many tokens by one vocab tile.
@@ -21,9 +22,9 @@ FILTER_ROWS = 128
 
 # Logits held at a time: on a CPU what its last-level cache keeps, elsewhere what fills the device. Blocks are of so
 # many tokens where there are as many, so that a block of c is read once for them.
-_BLOCK_LOGITS = {"cpu": 1 << 20}
-_BLOCK_LOGITS_DEFAULT = 1 << 25
-_BLOCK_ROWS = 2048
+BLOCK_LOGITS = {"cpu": 1 << 20}
+BLOCK_LOGITS_DEFAULT = 1 << 25
+BLOCK_ROWS = 2048
 
 # Sums of exponentials that say that no offset was needed: no logit near overflow, no row near underflow.
 _SAFE_SUMS = (1e-30, 1e30)
@@ -41,7 +42,7 @@ def num_tiles(v: int) -> int:
 def _block_shape(x: Tensor, n: int, v: int) -> tuple[int, int]:
     """Tokens and columns (whole tiles) of a block on x's device: its logits are bounded, and so are tokens x tiles."""
     logits = _block_logits(x)
-    rows = max(1, min(n, _BLOCK_ROWS, logits // max(1, num_tiles(v))))
+    rows = max(1, min(n, BLOCK_ROWS, logits // max(1, num_tiles(v))))
     return rows, max(1, min(num_tiles(v), logits // rows // TILE_COLUMNS)) * TILE_COLUMNS
 
 
@@ -96,8 +97,7 @@ def lce_forward(
     targets: Tensor,
     label: Tensor,
     *,
-    ignore_index: int,
-    softcap: float | None,
+    options: KernelOptions,
     need_map: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From the label logits [N]: nll [N], lse [N] and the tile map, [tiles, N] bf16 or [0, 0] where it is not needed.
@@ -107,11 +107,11 @@ def lce_forward(
     """
     n, v = len(e), len(c)
     acc = accumulate_dtype(e)
-    classifier = Classifier(c, bias, softcap, acc)
+    classifier = Classifier(c, bias, options.softcap, acc)
     lse = torch.zeros(n, dtype=acc, device=e.device)
     tile_map = torch.zeros((num_tiles(v), n) if need_map else (0, 0), dtype=torch.bfloat16, device=e.device)
 
-    ignored = targets == ignore_index
+    ignored = targets == options.ignore_index
     live = _live_rows(~ignored)
     count = n if live is None else len(live)
     reference = label.nan_to_num(nan=0.0)
@@ -183,12 +183,7 @@ def lce_backward(
     tile_map: Tensor,
     seed: Tensor | None,
     *,
-    ignore_index: int,
-    softcap: float | None,
-    method: str,
-    eps: float,
-    filter_e: bool,
-    filter_c: bool,
+    options: KernelOptions,
     need_e: bool,
     need_c: bool,
     need_bias: bool,
@@ -196,14 +191,14 @@ def lce_backward(
     """Gradients of e, c and bias in their dtypes, each only where needed, from dz = a p - b onehot (docs/design.md)."""
     acc = accumulate_dtype(e)
     # Masked, not multiplied: what flows into an ignored token may be anything, NaN as well. Its p is 0.
-    ignored = targets == ignore_index
+    ignored = targets == options.ignore_index
     lse = lse.masked_fill(ignored, float("inf"))
     b = torch.zeros_like(lse) if g_nll is None else g_nll.to(acc).masked_fill(ignored, 0.0)
     a = b if g_lse is None else b + g_lse.to(acc).masked_fill(ignored, 0.0)
     a = a.masked_fill((nll != nll) & ~ignored & ((targets < 0) | (targets >= len(c))), float("nan"))
 
     gradients = Gradients(
-        Classifier(c, bias, softcap, acc),
+        Classifier(c, bias, options.softcap, acc),
         e,
         targets,
         lse,
@@ -214,19 +209,19 @@ def lce_backward(
         d_bias=torch.zeros_like(bias, dtype=acc) if need_bias and bias is not None else None,
     )
     live = (a != 0) | (b != 0)
-    # A side that asks for its whole gradient takes it from a pass over every pair.
-    whole = gradients.only(e=not filter_e, c=not filter_c)
-    part = gradients.only(e=filter_e, c=filter_c)
-    if method == "exact":
-        whole, part = gradients, gradients.only(e=False, c=False)
-    if whole.needed:
-        _exact(whole, live)
-    if part.needed:
-        if method == "threshold":
-            _threshold(part, live, tile_map, nll, eps)
+    # A side that is not filtered takes its gradient from a pass over every pair.
+    unfiltered = gradients.only(e=not options.filter_e, c=not options.filter_c)
+    filtered = gradients.only(e=options.filter_e, c=options.filter_c)
+    if options.method == "exact":
+        unfiltered, filtered = gradients, gradients.only(e=False, c=False)
+    if unfiltered.needed:
+        _exact(unfiltered, live)
+    if filtered.needed:
+        if options.method == "threshold":
+            _threshold(filtered, live, tile_map, nll, options.eps)
         else:
             assert seed is not None
-            _sampled(part, live, tile_map, nll, seed, eps)
+            _sampled(filtered, live, tile_map, nll, seed, options.eps)
     d_e, d_bias = gradients.d_e, gradients.d_bias
     return (
         None if d_e is None else d_e.to(e.dtype),
@@ -427,7 +422,7 @@ def _live_rows(live: Tensor) -> Tensor | None:
 
 
 def _block_logits(x: Tensor) -> int:
-    return _BLOCK_LOGITS.get(x.device.type, _BLOCK_LOGITS_DEFAULT)
+    return BLOCK_LOGITS.get(x.device.type, BLOCK_LOGITS_DEFAULT)
 
 
 def _round_down(x: Tensor) -> Tensor:

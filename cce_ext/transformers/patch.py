@@ -1,102 +1,31 @@
-"""Hugging Face Transformers: cce_patch lets a causal LM compute its loss without logits, cce_unpatch undoes it.
-
-A patched model runs its own forward, on a view of itself in which lm_head gives no logits but a promise of them, and in
-which loss_function computes the loss of what was promised. What the forward does in between (a scale, a softcap) the
-promise records; what it does not know it refuses, so that no family is served wrongly, and nothing has to be known of a
-family. The model is not changed by a call.
-"""
+"""cce_patch and cce_unpatch: a model whose forward runs on a view of it that computes no logits."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-import math
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-import torch
+import transformers
 from torch import Tensor, nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .api import FilterEps, LinearCrossEntropy, linear_cross_entropy
+from ..options import FilterEps, GradientOptions, Options
+from .families import supported
+from .logits import PromisedLogits, PromisingHead
 
-try:
-    import transformers
-    from transformers.loss.loss_utils import ForCausalLMLoss
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-except ModuleNotFoundError as error:
-    if error.name != "transformers":
-        raise
-    raise ModuleNotFoundError(
-        'cce_ext.transformers needs transformers, which is not installed: pip install "cce_ext[transformers]"',
-        name=error.name,
-    ) from error
-
-__all__ = ["cce_patch", "cce_unpatch", "supported"]
-
-# The model types whose loss and gradients tests/test_transformers.py compares with those of the unpatched model.
-_TESTED = (
-    "apertus",
-    "arcee",
-    "bitnet",
-    "bloom",
-    "cohere",
-    "cohere2",
-    "deepseek_v3",
-    "ernie4_5",
-    "exaone4",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "glm",
-    "glm4",
-    "glm4_moe",
-    "gpt2",
-    "gpt_bigcode",
-    "gpt_neox",
-    "gpt_oss",
-    "granite",
-    "granitemoe",
-    "helium",
-    "hunyuan_v1_dense",
-    "lfm2",
-    "llama",
-    "llama4_text",
-    "ministral",
-    "mistral",
-    "mixtral",
-    "nemotron",
-    "olmo",
-    "olmo2",
-    "olmo3",
-    "olmoe",
-    "openai-gpt",
-    "opt",
-    "persimmon",
-    "phi",
-    "phi3",
-    "phimoe",
-    "qwen2",
-    "qwen2_moe",
-    "qwen3",
-    "qwen3_moe",
-    "seed_oss",
-    "smollm3",
-    "stablelm",
-    "starcoder2",
-)
-
-# Options of linear_cross_entropy that are not the caller's to choose.
-_FROM_THE_MODEL = ("ignore_index", "softcap", "shift", "return_lse", "vocab_parallel_options", "mean_group")
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-def supported() -> tuple[str, ...]:
-    """The model types of the installed transformers that are tested, sorted.
+class PatchOptions(GradientOptions, total=False):
+    """Keywords of cce_patch, for type checkers."""
 
-    Others are served as well, unless cce_patch or the first loss refuses them.
-    """
-    return tuple(name for name in _TESTED if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    train_only: bool
 
 
 @overload
@@ -104,12 +33,7 @@ def cce_patch(
     model_or_model_type: _Model,
     impl: str = ...,
     reduction: str = ...,
-    filter_eps: FilterEps = ...,
-    accum_e_fp32: bool = ...,
-    accum_c_fp32: bool = ...,
-    filter_e_grad: bool = ...,
-    filter_c_grad: bool = ...,
-    train_only: bool = ...,
+    **options: Unpack[PatchOptions],
 ) -> _Model: ...
 
 
@@ -118,12 +42,7 @@ def cce_patch(
     model_or_model_type: str | transformers.PretrainedConfig,
     impl: str = ...,
     reduction: str = ...,
-    filter_eps: FilterEps = ...,
-    accum_e_fp32: bool = ...,
-    accum_c_fp32: bool = ...,
-    filter_e_grad: bool = ...,
-    filter_c_grad: bool = ...,
-    train_only: bool = ...,
+    **options: Unpack[PatchOptions],
 ) -> None: ...
 
 
@@ -160,17 +79,17 @@ def cce_patch(
             or a model that cannot be served, with the reason. NotImplementedError, where a loss is computed first: the
             forward does with its logits what is not known here, or lm_head is more than a linear layer.
     """
-    criterion = LinearCrossEntropy(
-        reduction=reduction,
-        filter_eps=filter_eps,
-        accum_e_fp32=accum_e_fp32,
-        accum_c_fp32=accum_c_fp32,
-        filter_e_grad=filter_e_grad,
-        filter_c_grad=filter_c_grad,
-        impl=impl,
-    )
-    bound = {name: x for name, x in criterion.options.items() if name not in _FROM_THE_MODEL}
-    options = {**bound, "train_only": train_only}
+    options: dict[str, Any] = {
+        "impl": impl,
+        "reduction": reduction,
+        "filter_eps": filter_eps,
+        "accum_e_fp32": accum_e_fp32,
+        "accum_c_fp32": accum_c_fp32,
+        "filter_e_grad": filter_e_grad,
+        "filter_c_grad": filter_c_grad,
+    }
+    Options(**options).check()
+    options["train_only"] = train_only
     if not isinstance(model_or_model_type, nn.Module):
         cls = _class_of(model_or_model_type)
         cls.forward = _patched_forward(cls, options)
@@ -294,8 +213,8 @@ def _adds_router_loss(config: Any, kwargs: dict[str, Any]) -> bool:
 
 def _without_logits(output: Any) -> Any:
     if isinstance(output, tuple):
-        return tuple(x for x in output if not isinstance(x, _Logits))
-    return type(output)(**{name: x for name, x in output.items() if not isinstance(x, _Logits)})
+        return tuple(x for x in output if not isinstance(x, PromisedLogits))
+    return type(output)(**{name: x for name, x in output.items() if not isinstance(x, PromisedLogits)})
 
 
 class _View:
@@ -311,7 +230,7 @@ class _View:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._cce_model, name)
-        return _Head(value, type(self._cce_model).__name__) if value is self._cce_head else value
+        return PromisingHead(value, type(self._cce_model).__name__) if value is self._cce_head else value
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._cce_model, name, value)
@@ -332,7 +251,7 @@ class _View:
             raise NotImplementedError(
                 f"{family} cannot be served by cce_patch: its loss_function is not transformers' ForCausalLMLoss"
             )
-        if not isinstance(logits, _Logits):
+        if not isinstance(logits, PromisedLogits):
             raise NotImplementedError(
                 f"{family} cannot be served by cce_patch: its logits do not come from lm_head, which is what "
                 "get_output_embeddings() gives"
@@ -350,163 +269,3 @@ class _View:
             return logits.cross_entropy(targets, **{**options, "reduction": "sum"}) / num_items_in_batch
         loss = logits.cross_entropy(targets, **options)
         return loss[..., :-1] if options["reduction"] == "none" and shift_labels is None else loss
-
-
-class _Head:
-    """lm_head during one call: its result is a promise."""
-
-    def __init__(self, head: nn.Module, family: str) -> None:
-        self._cce_head = head
-        self._cce_family = family
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cce_head, name)
-
-    def __call__(self, hidden: Tensor) -> _Logits:
-        return _Logits(self._cce_family, *_classifier(self._cce_head, hidden))
-
-
-class _Logits:
-    """Logits that are never computed: z = scale * (e @ c.T + bias), or cap * tanh(z). Refuses whatever else is asked.
-
-    e: [.., D]; c: [V, D]; bias: [V] or None.
-    """
-
-    def __init__(
-        self, family: str, e: Tensor, c: Tensor, bias: Tensor | None, scale: float = 1.0, cap: float | None = None
-    ) -> None:
-        self.family, self.e, self.c, self.bias, self.scale, self.cap = family, e, c, bias, scale, cap
-
-    def cross_entropy(self, targets: Tensor, **options: Any) -> Tensor:
-        scale, softcap = self.scale, self.cap
-        if softcap is not None:  # cap * tanh(z) is softcap * tanh(cap * z / softcap)
-            scale *= softcap
-        e, bias = self.e, self.bias
-        if not math.isclose(scale, 1.0, rel_tol=1e-12):
-            # e is the smaller one; in 16 bits a scale that is no power of two rounds it once more.
-            e, bias = e * scale, None if bias is None else bias * scale
-        loss: Tensor = linear_cross_entropy(e, self.c, targets, bias, softcap=softcap, **options)
-        return loss
-
-    def _with(self, scale: float, cap: float | None) -> _Logits:
-        return _Logits(self.family, self.e, self.c, self.bias, scale, cap)
-
-    def __mul__(self, factor: float) -> _Logits:
-        if not isinstance(factor, (int, float)):
-            self._refuse(f"times a {type(factor).__name__}")
-        return self._with(self.scale * factor, None) if self.cap is None else self._with(self.scale, self.cap * factor)
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, divisor: float) -> _Logits:
-        if not isinstance(divisor, (int, float)):
-            self._refuse(f"divided by a {type(divisor).__name__}")
-        return self * (1 / divisor)
-
-    def tanh(self) -> _Logits:
-        if self.cap is not None:
-            self._refuse("tanh of tanh")
-        return self._with(self.scale, 1.0)
-
-    def contiguous(self) -> _Logits:
-        return self
-
-    def float(self) -> _Logits:
-        """The loss is computed in fp32 anyway."""
-        return self
-
-    @property
-    def device(self) -> torch.device:
-        return self.e.device
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> _Logits:
-        self = next(x for x in args if isinstance(x, _Logits))
-        if function is not torch.tanh or len(args) > 1 or kwargs:
-            self._refuse(torch.overrides.resolve_name(function) or str(function))
-        return self.tanh()
-
-    def __getattr__(self, name: str) -> NoReturn:
-        self._refuse(name)
-
-    def _refuse(self, what: str) -> NoReturn:
-        raise NotImplementedError(
-            f"{self.family} cannot be served by cce_patch: between lm_head and the loss its forward does with its "
-            f"logits what is not known here ({what})"
-        )
-
-
-def _refuse_operator(name: str) -> Callable[..., NoReturn]:
-    def refuse(self: _Logits, *args: Any) -> NoReturn:
-        self._refuse(name)
-
-    return refuse
-
-
-# Python looks for these on the class only, where __getattr__ does not reach.
-for _name in (
-    *("add", "radd", "sub", "rsub", "rtruediv", "floordiv", "mod", "matmul", "rmatmul", "pow", "rpow", "neg", "abs"),
-    *("lt", "le", "gt", "ge", "eq", "ne", "bool", "getitem", "setitem", "iter", "len", "contains"),
-):
-    setattr(_Logits, f"__{_name}__", _refuse_operator(f"__{_name}__"))
-
-
-def _classifier(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """e [.., D], c [V, D] and bias of which head(hidden) [.., V] is the product, differentiable.
-
-    Raises NotImplementedError for a head that is more than that.
-    """
-    name = f"{type(head).__module__}.{type(head).__qualname__}"
-    if name.startswith("peft."):
-        return _peft_classifier(head, hidden, name)
-    if type(head) is not nn.Linear:
-        raise NotImplementedError(f"lm_head: expected torch.nn.Linear, got {name}, which cce_patch cannot serve")
-    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
-    if any(hooks) or "forward" in head.__dict__:
-        raise NotImplementedError(
-            "lm_head: it has hooks or a forward of its own (as FSDP, DeepSpeed ZeRO-3 or a device_map over several "
-            "devices give it), which cce_patch would pass by"
-        )
-    weight = head.weight
-    if type(weight) not in (Tensor, nn.Parameter):
-        raise NotImplementedError(
-            f"lm_head.weight: expected a plain tensor, got {type(weight).__name__} (sharded or quantized?), which "
-            "cce_patch cannot serve"
-        )
-    return hidden, weight, head.bias
-
-
-def _peft_classifier(head: Any, hidden: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """LoRA as a wider product, [e, s e A^T] @ [c, B]^T, with a copy of c; or the head that PEFT trains whole.
-
-    Raises NotImplementedError for any other adapter.
-    """
-    from peft.tuners.lora import Linear as LoraLinear
-    from peft.utils import ModulesToSaveWrapper
-
-    if type(head) is ModulesToSaveWrapper:
-        adapters = [] if head.disable_adapters else head.active_adapters
-        saved = bool(adapters) and all(adapter in head.modules_to_save for adapter in adapters)
-        return _classifier(head.modules_to_save[adapters[0]] if saved else head.original_module, hidden)
-    if type(head) is not LoraLinear:
-        raise NotImplementedError(f"lm_head: PEFT's {name} cannot be served by cce_patch, only its plain LoRA")
-    if head.disable_adapters and head.merged:
-        head.unmerge()
-    e, c, bias = _classifier(head.base_layer, hidden)
-    if head.disable_adapters or head.merged:
-        return e, c, bias
-    for adapter in head.active_adapters:
-        if adapter not in head.lora_A:
-            continue
-        if adapter in head.lora_variant:
-            variant = type(head.lora_variant[adapter]).__name__
-            raise NotImplementedError(f"lm_head: LoRA's {variant} cannot be served by cce_patch, only plain LoRA")
-        a: Any = head.lora_A[adapter]
-        b: Any = head.lora_B[adapter]
-        scaling = head.scaling[adapter]
-        low = a(head.lora_dropout[adapter](hidden.to(a.weight.dtype))) * scaling
-        e = torch.cat([e, low.to(e.dtype)], -1)
-        c = torch.cat([c, b.weight.to(c.dtype)], 1)
-        if b.bias is not None:
-            bias = (b.bias * scaling + (0.0 if bias is None else bias)).to(c.dtype)
-    return e, c, bias

@@ -1,0 +1,235 @@
+"""The options of the loss, in one place: what they are, what they default to, and what inputs and options must be.
+
+Every error names the argument and what it was.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+if TYPE_CHECKING:
+    from .vocab_parallel import VocabParallelOptions
+
+FilterEps = float | Literal["auto"] | None
+
+DEFAULT_SAMPLING_EPS = 2.0**-9
+
+REDUCTIONS = ("mean", "sum", "none")
+
+# impl: (method, dE filtered, dC and dbias filtered). The kahan names are Apple's: here, sums are always fp32.
+_METHODS = {
+    "cce": ("sampled", True, True),
+    "cce_kahan": ("sampled", True, True),
+    "cce_kahan_full_c": ("sampled", True, False),
+    "cce_kahan_full_e": ("sampled", False, True),
+    "cce_exact": ("exact", False, False),
+    "cce_threshold": ("threshold", True, True),
+}
+DENSE = ("torch_compile", "reference")
+IMPLS = (*_METHODS, *DENSE)
+
+_EMPTY = "; if DeepSpeed ZeRO-3 has sharded c, compute the loss in the forward of the module that owns it"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of linear_cross_entropy, whose docstring explains them: the same names, order and defaults.
+
+    Nothing is checked until check().
+    """
+
+    ignore_index: int = -100
+    softcap: float | None = None
+    reduction: str = "mean"
+    shift: bool | int = 0
+    return_lse: bool = False
+    filter_eps: FilterEps = "auto"
+    accum_e_fp32: bool = False
+    accum_c_fp32: bool = False
+    filter_e_grad: bool = True
+    filter_c_grad: bool = True
+    impl: str = "cce"
+    vocab_parallel_options: VocabParallelOptions | None = None
+    mean_group: dist.ProcessGroup | None = None
+
+    def check(self) -> None:
+        """Raises ValueError for options that no call could take."""
+        check_reduction(self.reduction)
+        check_softcap(self.softcap)
+        if self.impl not in DENSE:
+            resolve_method(self, torch.float32)
+
+
+class GradientOptions(TypedDict, total=False):
+    """Those of Options that say how gradients are computed, for type checkers: keywords of several functions."""
+
+    filter_eps: FilterEps
+    accum_e_fp32: bool
+    accum_c_fp32: bool
+    filter_e_grad: bool
+    filter_c_grad: bool
+
+
+class LossOptions(GradientOptions, total=False):
+    """The same of all that follow return_lse."""
+
+    impl: str
+    vocab_parallel_options: VocabParallelOptions | None
+    mean_group: dist.ProcessGroup | None
+
+
+@dataclass(frozen=True)
+class KernelOptions:
+    """The keywords that the operators lce_forward and lce_backward share. Defaults are those of csrc/ops/schema.cpp.
+
+    PyTorch leaves a keyword out where it has its schema's default, so that a kernel in Python needs them as well.
+    """
+
+    ignore_index: int = -100
+    softcap: float | None = None
+    method: str = "sampled"
+    eps: float = DEFAULT_SAMPLING_EPS
+    filter_e: bool = True
+    filter_c: bool = True
+
+    def check(self) -> None:
+        """Raises ValueError."""
+        check_softcap(self.softcap)
+        check_eps(self.method, self.eps, "eps")
+
+
+class Method(NamedTuple):
+    """How the backward picks its visits. name: sampled, exact or threshold; eps: that method's own."""
+
+    name: str
+    eps: float
+    filter_e: bool
+    filter_c: bool
+
+    @property
+    def draws(self) -> bool:
+        """Whether it needs a seed."""
+        return self.name == "sampled"
+
+    @property
+    def needs_map(self) -> bool:
+        """Whether its backward reads the tile map."""
+        return self.name != "exact"
+
+    def keywords(self) -> dict[str, Any]:
+        """Of the operators: some of KernelOptions."""
+        return {"method": self.name, "eps": self.eps, "filter_e": self.filter_e, "filter_c": self.filter_c}
+
+
+def resolve_method(options: Options, dtype: torch.dtype) -> Method:
+    """The method that a (not dense) impl and its filter options stand for, for e of dtype.
+
+    filter_eps None, or no side to filter, is exact. Raises ValueError for an unknown impl or an eps out of the method's
+    range.
+    """
+    if options.impl not in _METHODS:
+        raise ValueError(f"impl: expected one of {', '.join(IMPLS)}, got {options.impl!r}")
+    name, filter_e, filter_c = _METHODS[options.impl]
+    filter_e, filter_c = filter_e and options.filter_e_grad, filter_c and options.filter_c_grad
+    filter_eps = options.filter_eps
+    if isinstance(filter_eps, str):
+        if filter_eps != "auto":
+            raise ValueError(f"filter_eps: expected a number, 'auto' or None, got {filter_eps!r}")
+        eps = DEFAULT_SAMPLING_EPS if name == "sampled" else torch.finfo(dtype).eps / 32
+    elif filter_eps is None:
+        eps, name = 0.0, "exact"
+    else:
+        eps = float(filter_eps)
+        check_eps(name, eps, "filter_eps")
+    if name == "exact" or not (filter_e or filter_c):
+        return Method("exact", 0.0, False, False)
+    return Method(name, eps, filter_e, filter_c)
+
+
+def check_eps(method: str, eps: float, argument: str) -> None:
+    """eps of an operator or of the function, called argument there. Raises ValueError."""
+    if method not in ("sampled", "exact", "threshold"):
+        raise ValueError(f"method: expected sampled, exact or threshold, got {method!r}")
+    if method == "sampled" and not 0 < eps <= 0.5:
+        raise ValueError(f"{argument}: the sampling eps must be in (0, 0.5], got {eps!r}")
+    if method == "threshold" and not 0 < eps < 1:
+        raise ValueError(f"{argument}: the threshold must be in (0, 1), got {eps!r}")
+
+
+def check_reduction(reduction: str) -> None:
+    """Raises ValueError for one that is not in REDUCTIONS."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def check_softcap(softcap: float | None) -> None:
+    """Raises ValueError for one that is not positive. None is no softcap."""
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: expected a positive number or None, got {softcap!r}")
+
+
+def check_inputs(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+    """e [.., D], c [V, D], targets [..], bias [V]: shapes, dtypes and devices that belong together.
+
+    Raises TypeError for a dtype, ValueError for a shape or a device.
+    """
+    for name, x in (("e", e), ("c", c), ("bias", bias)):
+        if x is not None and not x.is_floating_point():
+            raise TypeError(f"{name}: expected a floating point tensor, got {x.dtype}")
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"targets: expected int64 or int32, got {targets.dtype}")
+    for name, x in (("c", c), ("bias", bias)):
+        if x is not None and x.dtype != e.dtype:
+            raise TypeError(f"{name}: expected {e.dtype} like e, got {x.dtype} (autocast casts e, c and bias)")
+
+    if e.dim() < 1:
+        raise ValueError("e: expected [.., D], got a tensor without dimensions")
+    if c.dim() != 2 or c.shape[1] != e.shape[-1]:
+        raise ValueError(
+            f"c: expected [V, {e.shape[-1]}] for e of shape {_shape(e)}, got {_shape(c)}"
+            + (_EMPTY if c.numel() == 0 and c.dim() < 2 else "")
+        )
+    if targets.shape != e.shape[:-1]:
+        raise ValueError(
+            f"targets: expected shape {list(e.shape[:-1])} for e of shape {_shape(e)}, got {_shape(targets)}"
+        )
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != c.shape[0]):
+        raise ValueError(f"bias: expected [{c.shape[0]}] for c of shape {_shape(c)}, got {_shape(bias)}")
+
+    for name, x in (("c", c), ("targets", targets), ("bias", bias)):
+        if x is not None and x.device != e.device:
+            raise ValueError(f"{name}: expected {e.device} like e, got {x.device}")
+
+
+def check_shift(shift: int, targets: Tensor) -> int:
+    """shift as an int in [0, T), T being the targets' last dimension. Raises ValueError for one outside of it."""
+    shift = int(shift)
+    length = targets.shape[-1] if targets.dim() else 0
+    if shift != 0 and not 0 <= shift < length:
+        raise ValueError(f"shift: expected 0 <= shift < {length}, the last dimension of targets, got {shift}")
+    return shift
+
+
+def may_look_at(targets: Tensor) -> bool:
+    """Where looking at the targets costs no wait for a device, or where CCE_DEBUG=1 asks for it."""
+    return targets.device.type == "cpu" or os.environ.get("CCE_DEBUG") == "1"
+
+
+def check_target_range(targets: Tensor, v: int, ignore_index: int) -> None:
+    """Raises IndexError that names the first target outside [0, V). Waits for the device."""
+    bad = ((targets < 0) | (targets >= v)) & (targets != ignore_index)
+    if bool(bad.any()):
+        at = int(bad.int().argmax())
+        raise IndexError(
+            f"targets: {int(targets[at])} at flat position {at}: not in [0, {v}), nor ignore_index ({ignore_index})"
+        )
+
+
+def _shape(x: Tensor) -> list[int]:
+    return list(x.shape)

@@ -1,0 +1,137 @@
+"""The promise of logits: what lm_head gives during a patched forward, and the loss of what was promised."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ..api import linear_cross_entropy
+from .peft import peft_classifier
+
+
+class PromisingHead:
+    """lm_head during one call: its result is a promise."""
+
+    def __init__(self, head: nn.Module, family: str) -> None:
+        self._cce_head = head
+        self._cce_family = family
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cce_head, name)
+
+    def __call__(self, hidden: Tensor) -> PromisedLogits:
+        return PromisedLogits(self._cce_family, *linear_classifier(self._cce_head, hidden))
+
+
+class PromisedLogits:
+    """Logits that are never computed: z = scale * (e @ c.T + bias), or cap * tanh(z). Refuses whatever else is asked.
+
+    e: [.., D]; c: [V, D]; bias: [V] or None.
+    """
+
+    def __init__(
+        self, family: str, e: Tensor, c: Tensor, bias: Tensor | None, scale: float = 1.0, cap: float | None = None
+    ) -> None:
+        self.family, self.e, self.c, self.bias, self.scale, self.cap = family, e, c, bias, scale, cap
+
+    def cross_entropy(self, targets: Tensor, **options: Any) -> Tensor:
+        scale, softcap = self.scale, self.cap
+        if softcap is not None:  # cap * tanh(z) is softcap * tanh(cap * z / softcap)
+            scale *= softcap
+        e, bias = self.e, self.bias
+        if not math.isclose(scale, 1.0, rel_tol=1e-12):
+            # e is the smaller one; in 16 bits a scale that is no power of two rounds it once more.
+            e, bias = e * scale, None if bias is None else bias * scale
+        loss: Tensor = linear_cross_entropy(e, self.c, targets, bias, softcap=softcap, **options)
+        return loss
+
+    def _with(self, scale: float, cap: float | None) -> PromisedLogits:
+        return PromisedLogits(self.family, self.e, self.c, self.bias, scale, cap)
+
+    def __mul__(self, factor: float) -> PromisedLogits:
+        if not isinstance(factor, (int, float)):
+            self._refuse(f"times a {type(factor).__name__}")
+        return self._with(self.scale * factor, None) if self.cap is None else self._with(self.scale, self.cap * factor)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> PromisedLogits:
+        if not isinstance(divisor, (int, float)):
+            self._refuse(f"divided by a {type(divisor).__name__}")
+        return self * (1 / divisor)
+
+    def tanh(self) -> PromisedLogits:
+        if self.cap is not None:
+            self._refuse("tanh of tanh")
+        return self._with(self.scale, 1.0)
+
+    def contiguous(self) -> PromisedLogits:
+        return self
+
+    def float(self) -> PromisedLogits:
+        """The loss is computed in fp32 anyway."""
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.e.device
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> PromisedLogits:
+        self = next(x for x in args if isinstance(x, PromisedLogits))
+        if function is not torch.tanh or len(args) > 1 or kwargs:
+            self._refuse(torch.overrides.resolve_name(function) or str(function))
+        return self.tanh()
+
+    def __getattr__(self, name: str) -> NoReturn:
+        self._refuse(name)
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise NotImplementedError(
+            f"{self.family} cannot be served by cce_patch: between lm_head and the loss its forward does with its "
+            f"logits what is not known here ({what})"
+        )
+
+
+def _refuse_operator(name: str) -> Callable[..., NoReturn]:
+    def refuse(self: PromisedLogits, *args: Any) -> NoReturn:
+        self._refuse(name)
+
+    return refuse
+
+
+# Python looks for these on the class only, where __getattr__ does not reach.
+for _name in (
+    *("add", "radd", "sub", "rsub", "rtruediv", "floordiv", "mod", "matmul", "rmatmul", "pow", "rpow", "neg", "abs"),
+    *("lt", "le", "gt", "ge", "eq", "ne", "bool", "getitem", "setitem", "iter", "len", "contains"),
+):
+    setattr(PromisedLogits, f"__{_name}__", _refuse_operator(f"__{_name}__"))
+
+
+def linear_classifier(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """e [.., D], c [V, D] and bias of which head(hidden) [.., V] is the product, differentiable.
+
+    Raises NotImplementedError for a head that is more than that.
+    """
+    name = f"{type(head).__module__}.{type(head).__qualname__}"
+    if name.startswith("peft."):
+        return peft_classifier(head, hidden, linear_classifier)
+    if type(head) is not nn.Linear:
+        raise NotImplementedError(f"lm_head: expected torch.nn.Linear, got {name}, which cce_patch cannot serve")
+    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
+    if any(hooks) or "forward" in head.__dict__:
+        raise NotImplementedError(
+            "lm_head: it has hooks or a forward of its own (as FSDP, DeepSpeed ZeRO-3 or a device_map over several "
+            "devices give it), which cce_patch would pass by"
+        )
+    weight = head.weight
+    if type(weight) not in (Tensor, nn.Parameter):
+        raise NotImplementedError(
+            f"lm_head.weight: expected a plain tensor, got {type(weight).__name__} (sharded or quantized?), which "
+            "cce_patch cannot serve"
+        )
+    return hidden, weight, head.bias
