@@ -14,60 +14,36 @@ plain product e @ c.T; memory is the peak over the inputs; gradient errors are a
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import math
-import subprocess
 import sys
-import tempfile
 import time
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from . import child, inputs, report, shapes
-from .inputs import Problem
-from .methods import METHODS, packages
-from .report import Row
-from .shapes import Shape
-from .worker import TIME_LIMIT, Job, empty_rows
+from . import arguments
+from .arguments import positive, positive_real
+from .measure import child
+from .measure.rows import Row
+from .measure.supervisor import measure
+from .measure.worker import Job
+from .peers.methods import METHODS, packages
+from .problems import inputs, shapes
+from .problems.inputs import Problem
+from .problems.shapes import Shape
+from .report import files, origin, plot, tables
 
 RESULTS = child.ROOT / "bench" / "results"
 DEFAULT_SHAPE = {"cuda": "gemma2", "cpu": "1024,256,16384"}
 DTYPES = {"cuda": "bfloat16", "cpu": "float32"}
-# Of a shape's time what its process plans with, and the seconds more after which it is ended: a call takes what it
-# takes, and a compiler that hangs does not look at the clock.
-SHARE = 0.9
-GRACE_SECONDS = 20.0
-
-
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of 1 or more, got {text!r}")
-    return int(text)
-
-
-def positive_real(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
-    return value
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[Shape]]:
     """The options, and the shapes to measure."""
     names = ", ".join(f"{s.name} ({s.n}, {s.d}, {s.v})" for s in shapes.NAMED.values())
-    parser = argparse.ArgumentParser(
-        prog="python -m bench",
-        description=__doc__,
-        epilog=f"shapes: {names}\n\nmethods: {', '.join(METHODS)}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = arguments.parser("bench", __doc__)
+    parser.epilog = f"shapes: {names}\n\nmethods: {', '.join(METHODS)}"
     what = parser.add_argument_group("what to measure")
     what.add_argument(
         "--shape", nargs="+", type=shapes.argument, metavar="SHAPE", help="names, or N,D,V (default: gemma2 on a GPU)"
@@ -127,44 +103,11 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[Shape]]:
     return args, todo
 
 
-def measure(job: Job, seconds_left: float) -> tuple[list[Row], dict[str, float]]:
-    """Rows and input statistics of a shape, from workers: another one without the culprit where one comes to grief."""
-    end = time.monotonic() + seconds_left
-    while True:
-        left = end - time.monotonic()
-        limited = job.seconds is not None
-        if limited and left <= 0:
-            return not_measured(job, TIME_LIMIT), {}
-        with tempfile.TemporaryDirectory() as folder:
-            job_file, state_file = Path(folder, "job.json"), Path(folder, "state.json")
-            seconds = SHARE * min(job.seconds, left) if job.seconds is not None else None
-            job_file.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(job, seconds=seconds))))
-            timeout = None if seconds is None else min(left, seconds + GRACE_SECONDS)
-            try:
-                code = child.run("bench.worker", str(job_file), str(state_file), timeout=timeout).returncode
-                ended = f"failed: its process ended with code {code}"
-            except subprocess.TimeoutExpired:
-                ended = "failed: it went on past the time limit"
-            state: dict[str, Any] = json.loads(state_file.read_text()) if state_file.exists() else {}
-        if state.get("done"):
-            return state["rows"], state["statistics"]
-        note = state.get("reason") or ended
-        culprit = state.get("current")
-        if culprit is None:
-            return not_measured(job, note), {}
-        print(f"{culprit}: {note}; again without it", file=sys.stderr)
-        job = dataclasses.replace(job, excluded={**job.excluded, culprit: note})
-
-
-def not_measured(job: Job, note: str) -> list[Row]:
-    return [r for m in job.methods for r in empty_rows(Shape(*job.shape), job.data, m, job.excluded.get(m, note))]
-
-
 def run(args: argparse.Namespace, todo: list[Shape]) -> int:
     """Measures, prints and saves; 1 if a method of cce_ext's own failed."""
     start = time.monotonic()
-    state = report.gpu_state() if args.device == "cuda" else None
-    meta = report.machine(args.device, "bench", args.commit) | {
+    state = origin.gpu_state() if args.device == "cuda" else None
+    meta = origin.machine(args.device, "bench", args.commit) | {
         "driver": state["driver_version"] if state else None,
         "clocks": {"before": state, "after": None} if state else None,
         "cuda": torch.version.cuda,
@@ -200,11 +143,11 @@ def run(args: argparse.Namespace, todo: list[Shape]) -> int:
         rows += new
         figures = ", ".join(f"{k} {x:.3g}" for k, x in statistics.items())
         print(f"\n{s.name}: N={s.n} D={s.d} V={s.v} {args.dtype}, {label} inputs: {figures or 'none'}")
-        print(report.table(new), flush=True)
+        print(tables.table(new), flush=True)
         meta["data_statistics"][f"{s.n},{s.d},{s.v}"] = statistics
         if state:
-            meta["clocks"]["after"] = report.gpu_state()
-        report.save(out, meta, rows)
+            meta["clocks"]["after"] = origin.gpu_state()
+        files.save(out, meta, rows)
     print(f"\nsaved {out}")
     ours = [r for r in rows if METHODS[r["method"]].ours]
     return 1 if any(r["note"].startswith("failed") or "WRONG" in r["note"] for r in ours) else 0
@@ -212,8 +155,6 @@ def run(args: argparse.Namespace, todo: list[Shape]) -> int:
 
 def main(argv: list[str]) -> int:
     if argv[:1] == ["plot"]:
-        from . import plot
-
         return plot.main(argv[1:])
     return run(*parse_arguments(argv))
 

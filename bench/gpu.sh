@@ -59,7 +59,7 @@ else
 fi
 part "tests" 35 "$python" -m pytest -m gpu -q
 fuzz_seconds=$((${FUZZ_SECONDS:-60} < $(left) / 2 ? ${FUZZ_SECONDS:-60} : $(left) / 2))
-part "fuzz" 65 "$python" -m bench.fuzz --device cuda --seconds "$fuzz_seconds"
+part "fuzz" 65 "$python" -m bench.checks.fuzz --device cuda --seconds "$fuzz_seconds"
 
 sanitizer=${COMPUTE_SANITIZER:-$(command -v compute-sanitizer || true)}
 if [[ -z "$sanitizer" && -x /usr/local/cuda/bin/compute-sanitizer ]]; then
@@ -70,13 +70,13 @@ if [[ -n "$sanitizer" ]]; then
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   # PyTorch's own calls of the CUDA API fail on purpose now and then, to ask what there is.
   part "memcheck" 15 "$sanitizer" --tool memcheck --report-api-errors no --error-exitcode 1 \
-    "$python" -m bench.sanitize
+    "$python" -m bench.checks.sanitize
   # Shared memory that is raced for: in our kernels (by namespace), others' are theirs to check. No cuBLAS: racecheck
   # fails where a kernel that uses the copy engine is left out.
   part "racecheck" 15 "$sanitizer" --tool racecheck --kernel-name kns=_ZN3cce --error-exitcode 1 \
-    "$python" -m bench.sanitize --without-cublas
+    "$python" -m bench.checks.sanitize --without-cublas
   # All kernels: what one writes another may read. It does not see what cuBLAS writes.
-  part "initcheck" 15 "$sanitizer" --tool initcheck --error-exitcode 1 "$python" -m bench.sanitize --without-cublas
+  part "initcheck" 15 "$sanitizer" --tool initcheck --error-exitcode 1 "$python" -m bench.checks.sanitize --without-cublas
   unset PYTORCH_NO_CUDA_MEMORY_CACHING
 else
   row "sanitizer" "skipped" "there is no compute-sanitizer"
@@ -97,7 +97,7 @@ printf '\n%s\n' "=== bench/gpu.sh: $SECONDS of $limit s"
 printf '%s' "$table"
 if [[ -e "$out/bench.json" ]]; then
   printf '\n'
-  "$python" -c 'import json, sys; from bench.report import short_table; print(short_table(json.load(open(sys.argv[1]))["rows"]))' \
+  "$python" -c 'import json, sys; from bench.report.tables import short_table; print(short_table(json.load(open(sys.argv[1]))["rows"]))' \
     "$out/bench.json"
 fi
 exit "$failed"

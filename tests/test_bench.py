@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import math
 import re
@@ -16,8 +17,14 @@ import torch
 pytest.importorskip("tqdm", reason="the benchmark needs tqdm")
 
 from bench import __main__ as cli
-from bench import backward, errors, inputs, memory, overhead, plot, portable, report, shapes, timing, worker
-from bench.methods import METHODS, Method
+from bench.measure import errors, memory, timing, worker
+from bench.measure.rows import empty_rows
+from bench.peers.method import Method
+from bench.peers.methods import METHODS
+from bench.problems import inputs, shapes
+from bench.problems.statistics import statistics
+from bench.report import files, origin, plot, tables
+from bench.studies import backward, overhead, portable
 from cce_ext import linear_cross_entropy, reference
 from cce_ext.measure import phase_peaks
 
@@ -29,7 +36,7 @@ RESULTS = sorted((Path(__file__).parents[1] / "bench" / "results").glob("*.json"
 
 def test_lm_inputs_are_as_the_recipe_says():
     """Of what docs/design.md states for large shapes, the figures that hardly depend on the shape."""
-    figures = inputs.statistics(inputs.lm(512, 512, 32768, dtype=torch.float32))
+    figures = statistics(inputs.lm(512, 512, 32768, dtype=torch.float32))
     assert figures["above"] == pytest.approx(106, rel=0.25)
     assert figures["entropy"] == pytest.approx(2.5, rel=0.25)
     assert figures["mass_below"] == pytest.approx(0.10, rel=0.4)
@@ -41,7 +48,7 @@ def test_statistics_count_what_they_say():
     p = inputs.randn(300, 60, 700, dtype=torch.float32)
     p = inputs.Problem(4 * p.e, p.c, p.targets)
     prob = (p.e.double() @ p.c.double().T).softmax(1)
-    got = inputs.statistics(p, block=128)
+    got = statistics(p, block=128)
     big = prob > 2**-12
     tiles = torch.stack([t.any(1) for t in big.split(256, 1)], 1)
     blocks = torch.stack([rows.any(0) for rows in tiles.split(128)]).double()
@@ -112,7 +119,7 @@ def test_exact_gradient(softcap, monkeypatch):
     nll, _ = reference.forward(e, c, None, p.targets, softcap=softcap)
     loss = nll.sum() / (p.targets != -100).sum()
     dense = torch.autograd.grad(loss, (e, c))
-    monkeypatch.setattr(errors, "_BLOCK_LOGITS", 16 * 301)
+    monkeypatch.setattr(errors, "BLOCK_LOGITS", 16 * 301)
     exact = errors.exact(p, softcap)
     assert exact.loss == pytest.approx(loss.item(), rel=1e-12)
     for got, expected in zip(exact.gradients, dense, strict=True):
@@ -123,9 +130,9 @@ def test_exact_gradient(softcap, monkeypatch):
 
 def test_exact_gradient_of_what_fits(monkeypatch):
     p = inputs.randn(1024, 8, 50, dtype=torch.float32)
-    monkeypatch.setattr(errors, "_free_bytes", lambda x: errors._bytes_needed(p, 600))
+    monkeypatch.setattr(errors, "free_bytes", lambda x: errors.bytes_needed(p, 600))
     assert len(errors.exact(p, None).problem.e) == 512
-    monkeypatch.setattr(errors, "_free_bytes", lambda x: 0)
+    monkeypatch.setattr(errors, "free_bytes", lambda x: 0)
     assert errors.exact(p, None) is None
 
 
@@ -246,7 +253,7 @@ def test_rows(tmp_path):
     assert rows["baseline", "loss-bw"]["de_err"] < 1e-5 and rows["cce_exact", "loss-bw"]["dc_err"] < 1e-5
     one, mean = rows["cce", "loss-bw"]["dc_err"], rows["cce", "loss-bw"]["dc_err_mean8"]
     assert 1e-4 < mean < 0.6 * one < 0.1  # it is sampled, and its mean is nearer
-    report.save(tmp_path / "rows.json", META, list(rows.values()))
+    files.save(tmp_path / "rows.json", META, list(rows.values()))
 
 
 META = {
@@ -316,7 +323,7 @@ def test_peers_that_fail_are_rows_that_say_so(monkeypatch):
     assert rows["infinite", "loss-bw"]["dc_err"] is None
     assert rows["close", "loss-bw"]["de_err"] == pytest.approx(0.005, rel=0.01)
     assert rows["baseline", "loss-fw"]["runtime_ms"] is not None  # nobody stopped the run
-    table = report.table(list(rows.values()))
+    table = tables.table(list(rows.values()))
     assert "refuses  failed: D must be 7" in table and "WRONG: loss" in table
 
 
@@ -364,7 +371,7 @@ def test_the_command(processes, tmp_path, monkeypatch, capsys):
     options = ["--device", "cpu", "--shape", "32,64,256", "--methods", "apple_cce", "quack", "--repeats", "2"]
     assert cli.main([*options, "--time-limit", "300", "--out", str(out), "--commit", "abc"]) == 0
     result = json.loads(out.read_text())
-    assert report.check(result) == "bench"
+    assert files.check(result) == "bench"
     notes = {r["method"]: r["note"] for r in result["rows"]}
     assert notes["apple_cce"] == "failed: its process ended with code 7"
     assert notes["quack"].startswith("missing: No module named 'quack.linear_cross_entropy'")
@@ -407,13 +414,40 @@ def test_arguments():
     assert args.methods == ["mm", "cce"] and todo == [("8,4,9", 8, 4, 9)]
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "bench",
+        "bench plot",
+        "bench.studies.forward",
+        "bench.studies.backward",
+        "bench.studies.backward plot",
+        "bench.studies.distributed",
+        "bench.studies.distributed predict",
+        "bench.studies.overhead",
+        "bench.studies.portable",
+        "bench.checks.sanitize",
+    ],
+)
+def test_help(command, monkeypatch, capsys):
+    module, *sub = command.split()
+    monkeypatch.setattr(sys, "argv", [module, *sub, "--help"])
+    with pytest.raises(SystemExit) as exit_:
+        if module == "bench":
+            cli.main(sys.argv[1:])
+        else:
+            importlib.import_module(module).main()
+    assert exit_.value.code == 0
+    assert f"usage: python -m {command}" in " ".join(capsys.readouterr().out.split())
+
+
 # ---- files ----
 
 
 @pytest.mark.parametrize("file", RESULTS, ids=lambda f: f.name)
 def test_committed_results(file):
     text = file.read_text()
-    kind = report.check(json.loads(text))
+    kind = files.check(json.loads(text))
     assert kind == re.split("[_.]", file.name)[0]
     assert "NaN" not in text and "Infinity" not in text
 
@@ -426,20 +460,20 @@ def test_plot_of_a_backward(tmp_path, monkeypatch):
         for tiles, first, visits in groups
     ]
     file = tmp_path / "backward.json"
-    report.save(file, report.machine("cpu", "bench.backward", "abc"), [kernel, *rows])
-    assert report.check(json.loads(file.read_text())) == "backward"
-    monkeypatch.setattr("sys.argv", ["bench.backward", "plot", str(file)])
+    files.save(file, origin.machine("cpu", "bench.studies.backward", "abc"), [kernel, *rows])
+    assert files.check(json.loads(file.read_text())) == "backward"
+    monkeypatch.setattr("sys.argv", ["bench.studies.backward", "plot", str(file)])
     backward.main()
     assert file.with_suffix(".png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="a backward row has"):
-        report.save(file, report.machine("cpu", "bench.backward", "abc"), [kernel | {"more": 1}])
+        files.save(file, origin.machine("cpu", "bench.studies.backward", "abc"), [kernel | {"more": 1}])
 
 
 def made_up(places: list[tuple[int, int, int]], names: tuple[str, ...] = ("mm", "cce")) -> list[dict]:
     rows = []
     for at in places:
         for name in names:
-            for row in worker.empty_rows(shapes.of(*at), "lm", name, ""):
+            for row in empty_rows(shapes.of(*at), "lm", name, ""):
                 ms = 1e-6 * math.prod(at) / len(name)
                 figures = dict(runtime_ms=ms, runtime_p20=ms, runtime_p80=ms, x_mm=1.0, tflops=1.0, op_mem_mb=5.0)
                 rows.append(row | figures)
@@ -448,13 +482,13 @@ def made_up(places: list[tuple[int, int, int]], names: tuple[str, ...] = ("mm", 
 
 def test_the_format_is_checked():
     rows = made_up([(8192, 768, 50304)])
-    assert report.check({"meta": META, "rows": rows}) == "bench"
+    assert files.check({"meta": META, "rows": rows}) == "bench"
 
     def refused(change) -> str:
         result = copy.deepcopy({"meta": META, "rows": rows})
         change(result)
         with pytest.raises(ValueError) as error:
-            report.check(result)
+            files.check(result)
         return str(error.value)
 
     assert "x_mm" in refused(lambda r: r["rows"][0].pop("x_mm"))
@@ -473,8 +507,8 @@ def test_the_format_is_checked():
 def test_plot(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="plots need matplotlib")
     one, sweep = tmp_path / "one.json", tmp_path / "sweep.json"
-    report.save(one, META, made_up([(8192, 768, 50304)]))
-    report.save(sweep, META, made_up([(64, 32, 100), (64, 32, 200), (128, 32, 100)]))
+    files.save(one, META, made_up([(8192, 768, 50304)]))
+    files.save(sweep, META, made_up([(64, 32, 100), (64, 32, 200), (128, 32, 100)]))
     assert cli.main(["plot", str(one)]) == 0
     assert cli.main(["plot", str(one), str(sweep), "--out", str(tmp_path / "both.png")]) == 0
     for picture in (tmp_path / "one.png", tmp_path / "both.png"):
@@ -492,7 +526,7 @@ def test_plot(tmp_path, capsys):
 
     portable = next(f for f in RESULTS if f.name == "portable_cpu.json")
     nothing = tmp_path / "nothing.json"
-    report.save(nothing, META, worker.empty_rows(shapes.of(1, 2, 3), "lm", "mm", "missing"))
+    files.save(nothing, META, empty_rows(shapes.of(1, 2, 3), "lm", "mm", "missing"))
     for file, message in (
         (tmp_path / "none.json", "none.json"),
         (portable, "a results file of another benchmark (portable)"),
@@ -507,13 +541,13 @@ def test_the_other_benchmarks(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(overhead, "microseconds", lambda call: float(call() is not None))
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     for module, options in ((portable, ["--shape", "64,64,300", "--repeats", "2"]), (overhead, [])):
-        name = module.__name__.split(".")[1]
+        name = module.__name__.split(".")[-1]
         file = tmp_path / f"{name}.json"
         monkeypatch.setattr(sys, "argv", [name, *options, "--out", str(file)])
         module.main()
         result = json.loads(file.read_text())
-        assert report.check(result) == name
-        assert result["meta"]["command"].startswith(f"python -m bench.{name} ")
+        assert files.check(result) == name
+        assert result["meta"]["command"].startswith(f"python -m bench.studies.{name} ")
         assert {r["method"] for r in result["rows"]} >= {"cce", "cce_exact"}
     assert "x dense" in capsys.readouterr().out
 
@@ -524,7 +558,7 @@ def test_the_other_benchmarks(tmp_path, monkeypatch, capsys):
 @pytest.mark.gpu
 def test_on_a_gpu():
     p = inputs.lm(512, 128, 4096, dtype=torch.bfloat16, device="cuda")
-    peaks = memory._peaks_here(METHODS["baseline"], p, None, "cuda")
+    peaks = memory.peaks_here(METHODS["baseline"], p, None, "cuda")
     assert 15 < peaks["loss-fw"] < 25  # fp32 logits of 8 MB and as much again for their softmax
     job = small_job(
         shape=("512,128,4096", 512, 128, 4096), dtype="bfloat16", device="cuda", methods=["mm", "cce", "baseline"]
@@ -532,5 +566,5 @@ def test_on_a_gpu():
     rows = measure(job)
     assert all(r["runtime_ms"] > 0 and not r["note"].startswith("failed") for r in rows.values())
     assert rows["baseline", "loss-bw"]["dc_err"] < 0.02 and rows["cce", "loss-bw"]["dc_err_mean8"] < 0.05
-    state = report.gpu_state()
+    state = origin.gpu_state()
     assert state is None or state["driver_version"]

@@ -28,6 +28,14 @@ def error_of(args: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, folder: Pat
     return exit_of("train.py", (*args, "--cache", str(folder / "cache")), monkeypatch)
 
 
+def test_help() -> None:
+    """As a program, from the root of a clone."""
+    command = [sys.executable, "examples/train.py", "--help"]
+    done = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--impl" in done.stdout
+
+
 def test_comparison(tmp_path: Path) -> None:
     process = run(("--impl", "cce_exact", "baseline", "--steps", "6", "--softcap", "30", *TINY), tmp_path)
     output, errors = process.communicate()

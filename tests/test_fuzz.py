@@ -1,4 +1,4 @@
-"""bench.fuzz: it passes what is right, and finds each way in which the portable implementation is broken here."""
+"""bench.checks.fuzz: it passes what is right, and finds each way in which the portable implementation is broken here."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 
 pytest.importorskip("tqdm", reason="the benchmark needs tqdm")
 
-from bench import fuzz
-from cce_ext import chunked, sampling
+from bench.checks import fuzz
+from cce_ext import portable, sampling
 
 SAMPLED = fuzz.Case(40, 24, 2000, dtype="float32", filter_eps=2.0**-5, bias=True, needs="ecb", ignored="few")
 
@@ -89,14 +89,14 @@ def test_layouts_hold_the_same_numbers(layout):
 
 def gradients_that(change):
     """The portable backward, with change(grads, targets) made to what it returns."""
-    backward = chunked.lce_backward
+    backward = portable.lce_backward
 
     def broken(*args, **options):
         grads = [None if g is None else g.clone() for g in backward(*args, **options)]
         change(dict(zip("ecb", grads, strict=True)), args[5])
         return tuple(grads)
 
-    return [(chunked, "lce_backward", broken)]
+    return [(portable, "lce_backward", broken)]
 
 
 def lose_the_last_tile(grads, targets):
@@ -125,11 +125,11 @@ def move_ignored_tokens(grads, targets):
 
 
 def a_forward_that(change):
-    forward = chunked.lce_forward
-    return [(chunked, "lce_forward", lambda *args, **options: change(*forward(*args, **options)))]
+    forward = portable.lce_forward
+    return [(portable, "lce_forward", lambda *args, **options: change(*forward(*args, **options)))]
 
 
-def weigh_by_one(g, t0, chosen, q, threshold=None, visit_tiles=chunked._visit_tiles):
+def weigh_by_one(g, t0, chosen, q, threshold=None, visit_tiles=portable._visit_tiles):
     visit_tiles(g, t0, chosen, None if q is None else torch.ones_like(q), threshold)
 
 
@@ -152,9 +152,9 @@ BREAKS = {
         lambda nll, lse, tile_map: (nll * (1 + 1e-6 * torch.rand(())), lse, tile_map)
     ),
     "the map is too high": lambda: a_forward_that(lambda nll, lse, tile_map: (nll, lse, tile_map + 0.5)),
-    "visits are not weighed by 1/q": lambda: [(chunked, "_visit_tiles", weigh_by_one)],
-    "visits are too few": lambda: [(module, "draw_visits", visit_too_rarely) for module in (chunked, fuzz)],
-    "a call raises": lambda: [(chunked, "lce_backward", fail)],
+    "visits are not weighed by 1/q": lambda: [(portable, "_visit_tiles", weigh_by_one)],
+    "visits are too few": lambda: [(module, "draw_visits", visit_too_rarely) for module in (portable, fuzz)],
+    "a call raises": lambda: [(portable, "lce_backward", fail)],
 }
 
 
@@ -165,18 +165,18 @@ def test_what_is_broken_is_found_and_repeated(name, capsys, monkeypatch):
         for target in broken:
             patch.setattr(*target)
         assert fuzz.main(["--device", "cpu", "--cases", "12", "--seed", "1"]) == 1
-        lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("python -m bench.fuzz")]
+        lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("python -m bench.checks.fuzz")]
         assert lines and all(re.search(r"  # .+", line) for line in lines)
         # As a shell reads it, up to the comment.
         program = shlex.split(lines[0], comments=True)
-        assert program[:3] == ["python", "-m", "bench.fuzz"]
+        assert program[:3] == ["python", "-m", "bench.checks.fuzz"]
         assert fuzz.main(program[3:]) == 1
         assert lines[0] in capsys.readouterr().out.splitlines()
     assert fuzz.main(program[3:]) == 0, "it is right again"
 
 
 def test_a_device_that_is_lost_ends_the_run(capsys, monkeypatch):
-    monkeypatch.setattr(chunked, "lce_backward", fail)
+    monkeypatch.setattr(portable, "lce_backward", fail)
     monkeypatch.setattr(fuzz, "device_is_lost", lambda device: True)
     assert fuzz.main(["--device", "cpu", "--cases", "5"]) == 1
     out = capsys.readouterr().out
@@ -187,11 +187,11 @@ def test_the_softcap_and_the_filter_are_looked_at(monkeypatch):
     assert found_by(SAMPLED) == []
     filtered = replace(SAMPLED, impl="cce_threshold", filter_eps=0.5, softcap=5.0, labels="one tile")
     assert found_by(filtered) == []
-    threshold = chunked._threshold
+    threshold = portable._threshold
     with monkeypatch.context() as patch:
-        patch.setattr(chunked, "_threshold", lambda g, live, m, nll, eps: threshold(g, live, m, nll, eps / 1000))
+        patch.setattr(portable, "_threshold", lambda g, live, m, nll, eps: threshold(g, live, m, nll, eps / 1000))
         assert any("dc is off" in failure for failure in found_by(filtered))
     with monkeypatch.context() as patch:
-        probabilities = chunked.Gradients._probabilities
-        patch.setattr(chunked.Gradients, "_probabilities", lambda self, *args: (probabilities(self, *args)[0], None))
+        probabilities = portable.Gradients._probabilities
+        patch.setattr(portable.Gradients, "_probabilities", lambda self, *args: (probabilities(self, *args)[0], None))
         assert any("de is off" in failure for failure in found_by(filtered))

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cce_ext import linear_cross_entropy, reference
-from cce_ext.methods import Method, choose
+from cce_ext.options import Method, Options, resolve_method
 
 pytestmark = pytest.mark.gpu
 
@@ -101,7 +101,7 @@ def around(p: Problem) -> AbstractContextManager[None]:
 
 
 def method_of(impl: str, dtype: torch.dtype, eps: float | str = "auto") -> Method:
-    return choose(impl, eps, True, True, dtype)
+    return resolve_method(Options(impl=impl, filter_eps=eps), dtype)
 
 
 def seed_of(k: int) -> Tensor:

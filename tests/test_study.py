@@ -1,7 +1,8 @@
-"""examples/study.py from text to plot, at tiny settings."""
+"""research/study.py from text to plot, at tiny settings."""
 
 import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ TINY = (
 @pytest.fixture(scope="module")
 def study():
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "examples")
+        patch.syspath_prepend(ROOT / "research")
         import study
 
         yield study
@@ -62,6 +63,14 @@ def run(study: ModuleType, data: Path, file: Path, *args: str) -> dict:
 
 def keys(result: dict) -> list[tuple[str, str, int]]:
     return [(r["phase"], r["impl"], r["seed"]) for r in result["runs"]]
+
+
+def test_help() -> None:
+    """As a program, from the root of a clone."""
+    command = [sys.executable, "research/study.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "{prepare,run,plot}" in done.stdout
 
 
 def test_prepare(study: ModuleType, text: Path, data: Path) -> None:

@@ -1,6 +1,6 @@
 """The forward alone against the plain product, taking turns: for work on its kernel.
 
-    python -m bench.forward [--shape gemma2 llama3 gpt2] [--repeats 7] [--variant NAME] [--out FILE.json]
+    python -m bench.studies.forward [--shape gemma2 llama3 gpt2] [--repeats 7] [--variant NAME] [--out FILE.json]
 
 The ratio is of neighbours in one round, so that clocks which move with the power limit move for both. bf16, lm inputs,
 training forward (with the tile map). Needs a GPU.
@@ -8,33 +8,21 @@ training forward (with the tile map). Needs a GPU.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from . import report, shapes
-from .inputs import lm
-
-SPIN_CYCLES = 500_000
+from .. import arguments
+from ..measure.timing import milliseconds
+from ..problems import shapes
+from ..problems.inputs import lm
+from ..report import files, origin
 
 DEFAULT_SHAPES = ("gemma2", "llama3", "qwen2.5", "mistral-nemo", "gpt2")
-
-
-def milliseconds(call: Callable[[], object], flush: torch.Tensor) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    flush.zero_()
-    torch.cuda._sleep(SPIN_CYCLES)
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
 
 
 def measure(shape: shapes.Shape, repeats: int, variant: str) -> dict[str, object]:
@@ -70,7 +58,7 @@ def measure(shape: shapes.Shape, repeats: int, variant: str) -> dict[str, object
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.parser("bench.studies.forward", __doc__)
     parser.add_argument("--shape", type=shapes.argument, nargs="+", default=[shapes.NAMED[s] for s in DEFAULT_SHAPES])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--variant", default="as built", help="what the rows are called")
@@ -85,7 +73,7 @@ def main() -> None:
         print(" ({x_mm_min:.3f} to {x_mm_max:.3f})".format(**row))
     if args.out:
         earlier = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
-        report.save(args.out, report.machine("cuda", "bench.forward", args.commit), earlier + rows)
+        files.save(args.out, origin.machine("cuda", "bench.studies.forward", args.commit), earlier + rows)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def load(folder: Path) -> Data:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         arrays = {part: np.load(folder / f"{part}.npy") for part in PARTS}
     except (OSError, ValueError) as error:
-        sys.exit(f"error: --data {folder}: {error}; make it with: python examples/study.py prepare")
+        sys.exit(f"error: --data {folder}: {error}; make it with: python research/study.py prepare")
     for part, tokens in arrays.items():
         if hashlib.sha256(tokens.tobytes()).hexdigest() != meta[f"{part}_sha256"]:
             sys.exit(f"error: {folder / part}.npy is not the one that meta.json was written for")

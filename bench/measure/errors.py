@@ -9,11 +9,11 @@ from torch import Tensor
 
 from cce_ext import reference
 
-from .inputs import IGNORE_INDEX, Problem
+from ..problems.inputs import IGNORE_INDEX, Problem
 
 # fp64 logits held at a time: a gigabyte. The dense reference makes a few tensors of that size of them.
-_BLOCK_LOGITS = 1 << 27
-_FEWEST_TOKENS = 128
+BLOCK_LOGITS = 1 << 27
+FEWEST_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def relative_error(x: Tensor, exact: Tensor) -> float | None:
 def exact(p: Problem, softcap: float | None) -> Exact | None:
     """The reference for p, or for as many of its first tokens as fit in the memory that is free.
 
-    None if there is no room for _FEWEST_TOKENS (or all) of them.
+    None if there is no room for FEWEST_TOKENS (or all) of them.
     """
     try:
         return _exact(p, softcap)
@@ -53,17 +53,17 @@ def exact(p: Problem, softcap: float | None) -> Exact | None:
 
 def _exact(p: Problem, softcap: float | None) -> Exact | None:
     tokens = len(p.e)
-    free = _free_bytes(p.e)
-    while _bytes_needed(p, tokens) > free:
+    free = free_bytes(p.e)
+    while bytes_needed(p, tokens) > free:
         tokens //= 2
-        if tokens < min(_FEWEST_TOKENS, len(p.e)):
+        if tokens < min(FEWEST_TOKENS, len(p.e)):
             return None
     p = Problem(p.e[:tokens], p.c, p.targets[:tokens])
     e, c = p.e.double(), p.c.double().detach().requires_grad_()
     count = (p.targets != IGNORE_INDEX).sum()
     loss, d_e, d_c = e.new_zeros(()), torch.empty_like(e), torch.zeros_like(c)
-    for i in range(0, tokens, _block(p)):
-        rows = slice(i, i + _block(p))
+    for i in range(0, tokens, block(p)):
+        rows = slice(i, i + block(p))
         e_rows = e[rows].detach().requires_grad_()
         nll, _ = reference.forward(e_rows, c, None, p.targets[rows], IGNORE_INDEX, softcap)
         total = nll.sum() / count
@@ -73,17 +73,17 @@ def _exact(p: Problem, softcap: float | None) -> Exact | None:
     return Exact(p, loss.item(), (d_e, d_c))
 
 
-def _block(p: Problem) -> int:
-    return max(1, _BLOCK_LOGITS // len(p.c))
+def block(p: Problem) -> int:
+    return max(1, BLOCK_LOGITS // len(p.c))
 
 
-def _bytes_needed(p: Problem, tokens: int) -> int:
+def bytes_needed(p: Problem, tokens: int) -> int:
     """c, dC, a block's dC; e, dE; the half dozen [block, V] tensors of a softmax and its gradient."""
-    logits = min(tokens, _block(p)) * len(p.c)
+    logits = min(tokens, block(p)) * len(p.c)
     return 8 * (3 * p.c.numel() + 2 * tokens * p.e.shape[1] + 6 * logits)
 
 
-def _free_bytes(x: Tensor) -> float:
+def free_bytes(x: Tensor) -> float:
     """What is free on a GPU; a CPU swaps."""
     if not x.is_cuda:
         return float("inf")

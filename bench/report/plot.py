@@ -5,13 +5,14 @@ Shapes that differ only in V, or only in N, are a sweep: forward + backward agai
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from .report import Row, check
+from .. import arguments
+from ..measure.rows import Row
+from .files import check
 
 # One colour a family, one marker a member.
 STYLES: dict[str, tuple[str, str]] = {
@@ -172,9 +173,7 @@ def number_ticks(axes: Any, x: bool = True) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.parser("bench plot", __doc__)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="results of python -m bench")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="default: the first file's name, as .png")
     args = parser.parse_args(argv)

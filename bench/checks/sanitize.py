@@ -1,21 +1,23 @@
 """Every implementation of cce_ext on a GPU, forward and backward, at small odd shapes: for compute-sanitizer.
 
-    compute-sanitizer --tool memcheck --error-exitcode 1 python -m bench.sanitize
+    compute-sanitizer --tool memcheck --error-exitcode 1 python -m bench.checks.sanitize
 
 It calls the public function only, so that a new kernel is there as soon as the function uses it. Run it with
 PYTORCH_NO_CUDA_MEMORY_CACHING=1: in a cached block of PyTorch's a read past a tensor's end goes unnoticed.
---without-cublas leaves out what calls cuBLAS: of the exact and the threshold backward only bias's gradient is left, which
-needs no product, and fp32 is left out. Two tools want it on Hopper (bench/README.md, "compute-sanitizer and cuBLAS").
+--without-cublas leaves out what calls cuBLAS: of the exact and the threshold backward only bias's gradient is left,
+which needs no product, and fp32 is left out. Two tools want it on Hopper (bench/README.md, "compute-sanitizer and
+cuBLAS").
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 import torch
 
 from cce_ext import HAS_CUDA, linear_cross_entropy
+
+from .. import arguments
 
 # Tails in every dimension, and whole blocks: N, D, V. In the last three dE's sums are borrowed from dC, and most of the
 # vocabulary is visited by nobody.
@@ -25,7 +27,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.parser("bench.checks.sanitize", __doc__)
     parser.add_argument("--without-cublas", action="store_true", help="for racecheck")
     parser.add_argument("--impl", nargs="+", choices=IMPLS, default=IMPLS)
     args = parser.parse_args()

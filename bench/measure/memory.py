@@ -1,7 +1,7 @@
 """Peak memory over the inputs of a method's forward and backward.
 
-On a CPU each method has a fresh process that holds the inputs already, `python -m bench.memory METHOD FILE [SOFTCAP]`:
-memory that a process has freed but kept would not be seen.
+On a CPU each method has a fresh process that holds the inputs already: memory that a process has freed but kept would
+not be seen. `python -m bench.measure.memory METHOD FILE [SOFTCAP]`
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import torch
 
 from cce_ext.measure import phase_peaks
 
+from ..peers.method import Method, make_step
+from ..peers.methods import METHODS
+from ..problems.inputs import Problem
 from . import child
-from .inputs import Problem
-from .methods import METHODS, Method, make_step
+from .timing import KINDS
 
 
 def peaks(method: Method, p: Problem, softcap: float | None) -> dict[str, float | None]:
@@ -26,12 +28,12 @@ def peaks(method: Method, p: Problem, softcap: float | None) -> dict[str, float 
     Raises RuntimeError if the process fails.
     """
     if p.e.is_cuda:
-        return _peaks_here(method, p, softcap, "cuda")
+        return peaks_here(method, p, softcap, "cuda")
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/inputs.pt"
         torch.save((p.e, p.c, p.targets), file)
         arguments = [method.name, file] + ([] if softcap is None else [str(softcap)])
-        done = child.run("bench.memory", *arguments, capture=True)
+        done = child.run("bench.measure.memory", *arguments, capture=True)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise RuntimeError(f"memory: {lines[-1]}")
@@ -39,12 +41,13 @@ def peaks(method: Method, p: Problem, softcap: float | None) -> dict[str, float 
     return figures
 
 
-def _peaks_here(method: Method, p: Problem, softcap: float | None, device: str) -> dict[str, float | None]:
+def peaks_here(method: Method, p: Problem, softcap: float | None, device: str) -> dict[str, float | None]:
+    """As peaks, in this process."""
     step = make_step(method, p, softcap)
     both = phase_peaks([step.forward, step.backward], device)
     step.release()
     if both is None:
-        return dict.fromkeys(("loss-fw", "loss-bw", "loss-fw-bw"))
+        return dict.fromkeys(KINDS)
     return {"loss-fw": both[0], "loss-bw": both[1], "loss-fw-bw": max(both)}
 
 
@@ -58,7 +61,7 @@ def main() -> None:
     warm.forward()
     warm.backward()
     del warm
-    print(json.dumps(_peaks_here(method, p, softcap, "cpu")))
+    print(json.dumps(peaks_here(method, p, softcap, "cpu")))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Random configurations of the loss, each held against fp64, until the time is up: what no list of shapes thinks of.
 
-    python -m bench.fuzz --seconds 600
-    python -m bench.fuzz --device cuda --case '{"n": 129, "d": 64, "v": 1548}'
+    python -m bench.checks.fuzz --seconds 600
+    python -m bench.checks.fuzz --device cuda --case '{"n": 129, "d": 64, "v": 1548}'
 
 Case k is a function of --seed and k alone. A case that fails is printed as one line, the command that repeats it and
 what was wrong, and the run goes on. The exit status is 1 if a case failed and 2 where the device is not there.
@@ -9,7 +9,6 @@ what was wrong, and the run goes on. The exit status is 1 if a case failed and 2
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import math
@@ -28,9 +27,11 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from cce_ext import HAS_CUDA, linear_cross_entropy
-from cce_ext.chunked import FILTER_ROWS
-from cce_ext.methods import choose
+from cce_ext.options import Options, resolve_method
+from cce_ext.portable import FILTER_ROWS
 from cce_ext.sampling import TILE_COLUMNS, draw_visits, log_visit_rate, visit_probabilities
+
+from ..arguments import parser as parser_of
 
 IGNORE = -100
 NAN = float("nan")
@@ -71,7 +72,7 @@ class Case:
 
     def command(self, device: str) -> str:
         """What repeats this case, as a line of a shell."""
-        return f"python -m bench.fuzz --device {device} --case {shlex.quote(json.dumps(asdict(self)))}"
+        return f"python -m bench.checks.fuzz --device {device} --case {shlex.quote(json.dumps(asdict(self)))}"
 
 
 # What comes twice is drawn twice as often.
@@ -343,7 +344,7 @@ class Trial:
         try:
             self.p = Problem(self.case, self.device)
             self.dense = Dense(self.case, self.p)
-            self.method = choose(self.case.impl, self.case.filter_eps, True, True, self.p.e.dtype)
+            self.method = resolve_method(Options(impl=self.case.impl, filter_eps=self.case.filter_eps), self.p.e.dtype)
             self.check_forward()
             if self.method.draws:
                 self.check_visits()
@@ -610,9 +611,7 @@ def fuzz(cases: Iterable[Case], device: str, seconds: float, total: int | None) 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("bench.checks.fuzz", __doc__)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--seconds", type=float, default=600.0, help="no case begins after them")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""Modules of this package in processes of their own."""
+"""Modules of the benchmark in processes of their own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(

@@ -1,8 +1,8 @@
 """Does it train as well? The same pretraining and fine-tuning with every gradient of the loss, on one machine.
 
-    python examples/study.py prepare --text FOLDER.. --out runs/study_data     # real text -> tokens
-    python examples/study.py run --data runs/study_data --out runs/study.json  # trains; goes on where it was ended
-    python examples/study.py plot runs/study.json                              # plot and table
+    python research/study.py prepare --text FOLDER.. --out runs/study_data     # real text -> tokens
+    python research/study.py run --data runs/study_data --out runs/study.json  # trains; goes on where it was ended
+    python research/study.py plot runs/study.json                              # plot and table
 
 Three phases, each with every --impls and --seeds; a run is one of them:
 - pretrain: from scratch, in large batches;
@@ -32,6 +32,9 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+
+# The model, the text and the training loop are those of the examples.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 
 try:
     import torch
@@ -123,7 +126,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         dtype=args.dtype,
         compiled=args.compile,
     )
-    study.open(command=shlex.join(["python", "examples/study.py", *argv]), commit=args.commit)
+    study.open(command=shlex.join(["python", "research/study.py", *argv]), commit=args.commit)
     return study.run(args.phases, args.impls, args.seeds, args.budget_seconds)
 
 

@@ -1,6 +1,6 @@
 """The portable path on this CPU against dense torch: time in one interleaved run, and peak memory over the inputs.
 
-    python -m bench.portable [--shape N,D,V] [--repeats 5] [--out FILE.json]
+    python -m bench.studies.portable [--shape N,D,V] [--repeats 5] [--out FILE.json]
 
 Time: median of the repeats, methods taking turns. Memory: growth of the peak resident set over one call, each in a
 fresh process that holds the inputs already; gradients count.
@@ -8,21 +8,23 @@ fresh process that holds the inputs already; gradients count.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from . import memory
-from .inputs import Problem, lm
-from .inputs import statistics as input_statistics
-from .methods import METHODS, make_step
-from .report import machine, save
-from .timing import Times, interleave
+from .. import arguments
+from ..measure import memory
+from ..measure.timing import Times, interleave
+from ..peers.method import make_step
+from ..peers.methods import METHODS
+from ..problems.inputs import Problem, lm
+from ..problems.statistics import statistics as input_statistics
+from ..report import files, origin
 
-# As the results call them: the method of methods.py. fp32 logits need no cast: baseline is F.cross_entropy(e @ c.T, t).
+# As the results call them: the method of peers/methods.py. fp32 logits need no cast, so that baseline is
+# F.cross_entropy(e @ c.T, t).
 COMPARED = {"dense": "baseline", "cce": "cce", "cce_exact": "cce_exact", "cce_threshold": "cce_threshold"}
 KINDS = ("loss-fw", "loss-fw-bw")
 
@@ -34,9 +36,7 @@ def measure_time(p: Problem, repeats: int) -> dict[str, Times]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.portable", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.parser("bench.studies.portable", __doc__)
     parser.add_argument("--shape", default="2048,512,65536", help="N,D,V (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
@@ -74,8 +74,8 @@ def main() -> None:
             f"{r['runtime_max_ms']:>8.0f}{r['x_dense']:>9.3f}{mb:>8}{ratio:>9}"
         )
     if args.out:
-        meta = machine("cpu", "bench.portable") | {"shape": [n, d, v], "data": "lm", "data_statistics": figures}
-        save(args.out, meta, rows)
+        inputs = {"shape": [n, d, v], "data": "lm", "data_statistics": figures}
+        files.save(args.out, origin.machine("cpu", "bench.studies.portable") | inputs, rows)
         print(f"saved {args.out}")
 
 

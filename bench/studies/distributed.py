@@ -1,7 +1,7 @@
 """The vocabulary-parallel loss against one GPU's, and what its collectives take of it.
 
-    torchrun --nproc-per-node 2 -m bench.distributed [--shape gemma2 8192,4096,262144] [--out FILE.json]
-    python -m bench.distributed predict FILE.json [--network GB/s]
+    torchrun --nproc-per-node 2 -m bench.studies.distributed [--shape gemma2 8192,4096,262144] [--out FILE.json]
+    python -m bench.studies.distributed predict FILE.json [--network GB/s]
 
 Every rank computes the whole problem by itself (one_rank), its part of it (vocab_parallel), and that part's collectives
 alone, of the same size (collectives) and of one element (latency), taking turns. A time is that of the slowest rank.
@@ -28,10 +28,13 @@ from cce_ext import linear_cross_entropy, vocab_parallel
 from cce_ext.distributed import VocabParallelOptions
 from cce_ext.measure import phase_peaks
 
-from . import report, shapes
-from .inputs import Problem, lm
-from .methods import LossStep
-from .timing import KINDS, Times, interleave, spread
+from .. import arguments
+from ..measure.rows import Row
+from ..measure.timing import KINDS, Times, interleave, spread
+from ..peers.method import LossStep
+from ..problems import shapes
+from ..problems.inputs import Problem, lm
+from ..report import files, origin
 
 DEFAULT_SHAPES = {"cuda": ["gemma2", "8192,4096,262144"], "cpu": ["512,128,8192"]}
 VOCABULARIES, RANKS = (256000, 1 << 20), (2, 8, 64, 1024)
@@ -66,7 +69,7 @@ class Collectives:
         dist.barrier()
 
 
-def measure(shape: shapes.Shape, device: str, repeats: int, warmup: int) -> list[report.Row]:
+def measure(shape: shapes.Shape, device: str, repeats: int, warmup: int) -> list[Row]:
     """Raises ValueError if the ranks' loss is not that of one."""
     p = lm(*shape[1:], dtype=torch.bfloat16 if device == "cuda" else torch.float32, device=device)
     # Two devices need not make the same numbers of one seed.
@@ -147,7 +150,7 @@ class Model:
     bandwidth: float
 
     @classmethod
-    def fit(cls, rows: list[report.Row]) -> Model:
+    def fit(cls, rows: list[Row]) -> Model:
         """From the rows of one shape."""
         n, d, v, ranks = (rows[0][key] for key in ("n", "d", "v", "ranks"))
         ms = {(r["method"], r["kind"]): r["runtime_ms"] for r in rows}
@@ -199,7 +202,7 @@ def memory_bytes(n: int, d: int, rows: int, ranks: int) -> float:
     return 4.0 * d * (rows + n) + sums + n * (rows / 64 + rows / 512 + TOKEN_BYTES + 8.0 * ranks)
 
 
-def predict(rows: list[report.Row], network: float | None, node: int) -> str:
+def predict(rows: list[Row], network: float | None, node: int) -> str:
     """The table of each shape in a results file. network: GB/s from a rank to one on another node."""
     lines = []
     for shape in dict.fromkeys(r["shape"] for r in rows):
@@ -224,29 +227,29 @@ def predict(rows: list[report.Row], network: float | None, node: int) -> str:
 
 
 def main_predict(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.distributed predict")
-    parser.add_argument("file", type=Path, help="a results file of bench.distributed")
+    parser = argparse.ArgumentParser(prog="python -m bench.studies.distributed predict")
+    parser.add_argument("file", type=Path, help="a results file of bench.studies.distributed")
     parser.add_argument("--network", type=float, metavar="GB/s", help="of a rank, past a node (default: as measured)")
     parser.add_argument("--node", type=int, default=8, help="ranks of a node (default: %(default)s)")
     args = parser.parse_args(argv)
     result = json.loads(args.file.read_text())
-    if report.check(result) != "distributed":
-        parser.error(f"{args.file}: not a results file of bench.distributed")
+    if files.check(result) != "distributed":
+        parser.error(f"{args.file}: not a results file of bench.studies.distributed")
     print(predict(result["rows"], args.network, args.node))
 
 
 def main() -> None:
     if sys.argv[1:2] == ["predict"]:
         return main_predict(sys.argv[2:])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", type=shapes.argument, nargs="+", help="names of bench/shapes.py, or N,D,V")
+    parser = arguments.parser("bench.studies.distributed", __doc__)
+    parser.add_argument("--shape", type=shapes.argument, nargs="+", help="names of bench/problems/shapes.py, or N,D,V")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--commit", help="for the results file, where there is no git to ask")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     args = parser.parse_args()
     if "LOCAL_RANK" not in os.environ:
-        parser.error("run it by torchrun --nproc-per-node RANKS -m bench.distributed")
+        parser.error("run it by torchrun --nproc-per-node RANKS -m bench.studies.distributed")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     todo = args.shape or [shapes.parse(text) for text in DEFAULT_SHAPES[device]]
     if device == "cuda":
@@ -259,17 +262,17 @@ def main() -> None:
     if dist.get_rank() == 0:
         print(table(rows))
         if args.out:
-            meta = report.machine(device, "bench.distributed", args.commit) | {
+            meta = origin.machine(device, "bench.studies.distributed", args.commit) | {
                 "backend": dist.get_backend(),
-                "gpu": report.gpu_state(),
+                "gpu": origin.gpu_state(),
             }
             meta["command"] = meta["command"].replace("python", f"torchrun --nproc-per-node {ranks}", 1)
-            report.save(args.out, meta, rows)
+            files.save(args.out, meta, rows)
             print(f"saved {args.out}")
     dist.destroy_process_group()
 
 
-def table(rows: list[report.Row]) -> str:
+def table(rows: list[Row]) -> str:
     lines = [f"{'shape':<18} {'method':<15} {'forward':>8} {'backward':>8} {'both ms':>8} {'MB':>7}"]
     ms = {(r["shape"], r["method"], r["kind"]): r["runtime_ms"] for r in rows}
     for r in rows:

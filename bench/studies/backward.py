@@ -1,7 +1,7 @@
 """Where a step's time goes: its kernels one after the other, and the backward's time by tile rank.
 
-    python -m bench.backward [--shape gemma2 llama3] [--eps 2**-9] [--out FILE.json]
-    python -m bench.backward plot FILE.json [--out FILE.png]
+    python -m bench.studies.backward [--shape gemma2 llama3] [--eps 2**-9] [--out FILE.json]
+    python -m bench.studies.backward plot FILE.json [--out FILE.png]
 
 The timeline is one step's, as PyTorch's profiler has it. For the ranks, vocab tiles are sorted by the visits they
 expect, and the backward is timed with a map that leaves one group of ranks to visit, less the time with a map that
@@ -21,12 +21,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cce_ext import linear_cross_entropy
-from cce_ext.methods import DEFAULT_SAMPLING_EPS
+from cce_ext.options import DEFAULT_SAMPLING_EPS
 from cce_ext.sampling import log_visit_rate, visit_probabilities
 
-from . import report, shapes
-from .forward import milliseconds
-from .inputs import Problem, lm
+from .. import arguments
+from ..measure.rows import Row
+from ..measure.timing import milliseconds
+from ..problems import shapes
+from ..problems.inputs import Problem, lm
+from ..report import files, origin
 
 # Ends of the groups of ranks: eight times as many tiles from group to group.
 FIRST_GROUP, GROWTH = 4, 8
@@ -34,7 +37,7 @@ FIRST_GROUP, GROWTH = 4, 8
 DEFAULT_SHAPES = ("gemma2", "llama3")
 
 
-def timeline(p: Problem, eps: float) -> list[report.Row]:
+def timeline(p: Problem, eps: float) -> list[Row]:
     """Kernels of one step on the GPU: name, start, length and the gap before it, all in microseconds."""
     e, c = (x.detach().requires_grad_() for x in (p.e, p.c))
 
@@ -54,7 +57,7 @@ def timeline(p: Problem, eps: float) -> list[report.Row]:
         key=lambda x: x.time_range.start,
     )
     events = [x for x in events if "spin_kernel" not in x.name]
-    rows: list[report.Row] = []
+    rows: list[Row] = []
     begin = end = events[0].time_range.start
     for x in events:
         start, length = x.time_range.start, x.time_range.elapsed_us()
@@ -64,7 +67,7 @@ def timeline(p: Problem, eps: float) -> list[report.Row]:
     return rows
 
 
-def by_rank(p: Problem, eps: float, repeats: int) -> list[report.Row]:
+def by_rank(p: Problem, eps: float, repeats: int) -> list[Row]:
     """Visits a token and milliseconds of each group of vocab tiles, the most visited first."""
     seed = torch.ones(1, dtype=torch.int64, device="cuda")
     outputs = torch.ops.cce.lce_forward(p.e, p.c, None, p.targets, seed, eps=eps)
@@ -85,7 +88,7 @@ def by_rank(p: Problem, eps: float, repeats: int) -> list[report.Row]:
         return statistics.median(milliseconds(backward, flush) for _ in range(repeats))
 
     none = time_of(order[:0])
-    rows: list[report.Row] = [{"tiles": 0, "first_rank": 0, "visits": 1.0, "runtime_ms": none}]
+    rows: list[Row] = [{"tiles": 0, "first_rank": 0, "visits": 1.0, "runtime_ms": none}]
     first, size = 0, FIRST_GROUP
     with tqdm(total=len(order), desc="tiles by rank", leave=False) as bar:
         while first < len(order):
@@ -104,7 +107,7 @@ def by_rank(p: Problem, eps: float, repeats: int) -> list[report.Row]:
     return rows
 
 
-def print_rows(name: str, rows: list[report.Row]) -> None:
+def print_rows(name: str, rows: list[Row]) -> None:
     print(f"\n{name}")
     columns = list(rows[0])
     for row in [dict(zip(columns, columns, strict=True)), *rows]:
@@ -137,16 +140,16 @@ def save_plot(result: dict, file: Path) -> None:
 
 def main() -> None:
     if sys.argv[1:2] == ["plot"]:
-        parser = argparse.ArgumentParser(prog="python -m bench.backward plot")
-        parser.add_argument("file", type=Path, help="a results file of bench.backward")
+        parser = argparse.ArgumentParser(prog="python -m bench.studies.backward plot")
+        parser.add_argument("file", type=Path, help="a results file of bench.studies.backward")
         parser.add_argument("--out", type=Path, help="default: the file's name with .png")
         args = parser.parse_args(sys.argv[2:])
         result = json.loads(args.file.read_text())
-        if report.check(result) != "backward":
-            parser.error(f"{args.file}: not a results file of bench.backward")
+        if files.check(result) != "backward":
+            parser.error(f"{args.file}: not a results file of bench.studies.backward")
         save_plot(result, args.out or args.file.with_suffix(".png"))
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.parser("bench.studies.backward", __doc__)
     parser.add_argument("--shape", type=shapes.argument, nargs="+", default=[shapes.NAMED[s] for s in DEFAULT_SHAPES])
     parser.add_argument("--eps", type=float, default=DEFAULT_SAMPLING_EPS)
     parser.add_argument("--repeats", type=int, default=7)
@@ -165,7 +168,7 @@ def main() -> None:
             print_rows(f"{shape.name}: {name}", part)
             rows += [{"shape": shape.name, **row} for row in part]
     if args.out:
-        report.save(args.out, report.machine("cuda", "bench.backward", args.commit), rows)
+        files.save(args.out, origin.machine("cuda", "bench.studies.backward", args.commit), rows)
 
 
 if __name__ == "__main__":

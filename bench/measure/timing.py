@@ -14,6 +14,7 @@ import torch
 # Clock cycles that the GPU spins before a call is timed, about a millisecond: in training, too, the layers before the
 # loss give the host this much of a lead, and without it every launch of a call would be waited for.
 SPIN_CYCLES = 2_000_000
+SHORT_SPIN_CYCLES = 500_000  # for a call without a backward
 FEWEST_REPEATS = 5
 SLOW_MS = 100.0
 
@@ -88,6 +89,18 @@ class Stopwatch:
         step.backward()
         end = time.perf_counter()
         return 1e3 * (middle - start), 1e3 * (end - middle)
+
+
+def milliseconds(call: Callable[[], object], flush: torch.Tensor) -> float:
+    """Of one call on the GPU, behind the flush of its L2."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush.zero_()
+    torch.cuda._sleep(SHORT_SPIN_CYCLES)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
 
 
 def interleave(

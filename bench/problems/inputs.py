@@ -1,4 +1,4 @@
-"""The inputs of the benchmarks, and the statistics that say how peaked their softmax is.
+"""The inputs of the benchmarks.
 
 lm: as a trained language model's. randn: logits N(0, 1). uniform: every p is 1/V. saved: a real model's, from a file.
 """
@@ -11,9 +11,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-
-from cce_ext.methods import DEFAULT_SAMPLING_EPS
-from cce_ext.sampling import TILE_COLUMNS
 
 TOPICS = 48
 DOCUMENT = 512
@@ -136,30 +133,3 @@ def draw_targets(e: Tensor, c: Tensor, generator: torch.Generator, block: int = 
         noise = torch.empty_like(z).exponential_(generator=generator)
         out[i : i + block] = (z - noise.log_()).argmax(1)
     return out
-
-
-def statistics(p: Problem, block: int = 512) -> dict[str, float]:
-    """How peaked the softmax is: means over the tokens of the figures that the recipe was fitted to.
-
-    above: entries of a row with p > 2^-12; tiles256: share of (token, 256-column tile) pairs holding one;
-    blocks: share of 128 x 256 blocks holding one; entropy: nats; mass_below: probability of the entries under 2^-12;
-    visits: expected visits a token of the sampled backward at its default eps.
-    """
-    n, v = len(p.e), len(p.c)
-    sums = dict.fromkeys(("above", "tiles256", "blocks", "entropy", "mass_below", "visits"), 0.0)
-    for i in range(0, n, block):
-        logp = (p.e[i : i + block] @ p.c.T).float().log_softmax(1)
-        prob = logp.exp()
-        rows = len(prob)
-        big = prob > 2**-12
-        pad = torch.nn.functional.pad
-        tiles = pad(big, (0, -v % 256)).view(rows, -1, 256).any(2)
-        blocks = pad(tiles, (0, 0, 0, -rows % 128)).view(-1, 128, tiles.shape[1]).any(1)
-        peak = pad(prob, (0, -v % TILE_COLUMNS)).view(rows, -1, TILE_COLUMNS).amax(2)
-        sums["above"] += big.sum().item()
-        sums["tiles256"] += tiles.float().mean(1).sum().item()
-        sums["blocks"] += blocks.float().mean().item() * rows
-        sums["entropy"] += -(prob * logp).sum().item()
-        sums["mass_below"] += prob.masked_fill(big, 0).sum().item()
-        sums["visits"] += (peak / DEFAULT_SAMPLING_EPS).clamp(max=1).sum().item()
-    return {k: s / n for k, s in sums.items()}

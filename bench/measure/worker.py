@@ -1,7 +1,7 @@
-"""All methods at one shape, in a process of its own: `python -m bench.worker JOB.json STATE.json`.
+"""All methods at one shape, in a process of its own: `python -m bench.measure.worker JOB.json STATE.json`.
 
 A kernel that reads out of bounds takes its process's GPU context with it, and a compiler can crash or hang. So this
-process notes in STATE what it is at; the one that started it (`__main__.py`) starts another without the culprit.
+process notes in STATE what it is at; the one that started it (`supervisor.py`) starts another without the culprit.
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from . import errors, inputs, memory
-from .inputs import Problem, first_line
-from .methods import METHODS, LossStep, Method, Step, Unsupported, make_step
-from .shapes import Shape
-from .timing import FEWEST_REPEATS, KINDS, SLOW_MS, Times, interleave, spread
+from ..peers.method import LossStep, Method, Step, Unsupported, make_step
+from ..peers.methods import METHODS
+from ..problems import inputs
+from ..problems.inputs import Problem, first_line
+from ..problems.shapes import Shape
+from ..problems.statistics import statistics
+from . import errors, memory
+from .rows import Row, add_note, empty_rows
+from .timing import FEWEST_REPEATS, SLOW_MS, Times, interleave, spread
 
 # Floating-point operations of the dense loss, in products of N x D x V multiply-adds.
 PRODUCTS = {"loss-fw": 1, "loss-bw": 2, "loss-fw-bw": 3}
@@ -33,8 +36,6 @@ DRAWS = 8
 PREPARE_SHARE = 0.75
 METHOD_SHARE = 0.5
 TIME_LIMIT = "not measured: the time limit"
-
-Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,19 +85,6 @@ def load_problem(job: Job) -> Problem:
     return inputs.make(job.data, *job.shape[1:], dtype=dtype, device=job.device, seed=job.seed)
 
 
-def empty_rows(shape: Shape, data: str, method: str, note: str) -> list[Row]:
-    """The rows, one a kind, of a method that was not measured."""
-    figures = ("runtime_ms", "runtime_p20", "runtime_p80", "x_mm", "tflops", "op_mem_mb")
-    figures += ("de_err", "dc_err", "de_err_mean8", "dc_err_mean8")
-    name, n, d, v = shape
-    return [
-        {"shape": name, "n": n, "d": d, "v": v, "data": data, "method": method, "kind": kind}
-        | dict.fromkeys(figures)
-        | {"note": note}
-        for kind in KINDS
-    ]
-
-
 def fill_times(rows: dict[str, list[Row]], times: dict[str, Times]) -> None:
     """Times, and what follows from them, into the rows of each method."""
     mm = spread(times["mm"].forward)[0] if "mm" in times and times["mm"].forward else None
@@ -109,11 +97,6 @@ def fill_times(rows: dict[str, list[Row]], times: dict[str, Times]) -> None:
             row["x_mm"] = row["runtime_ms"] / mm if mm else None
             operations = 2 * PRODUCTS[row["kind"]] * row["n"] * row["d"] * row["v"]
             row["tflops"] = operations / row["runtime_ms"] * 1e-9
-
-
-def add_note(rows: list[Row], note: str) -> None:
-    for row in rows:
-        row["note"] = "; ".join(x for x in (row["note"], note) if x)
 
 
 class Shapework:
@@ -133,7 +116,7 @@ class Shapework:
         """Fills state.statistics and state.rows. Raises DeviceLost."""
         job = self.job
         self.problem = load_problem(job)
-        self.state.statistics = inputs.statistics(self.problem)
+        self.state.statistics = statistics(self.problem)
         self.exact = errors.exact(self.problem, job.softcap)
         steps: dict[str, Step] = {}
         for name in tqdm(job.methods, desc=f"{self.shape.name}: first calls", leave=False):

@@ -1,13 +1,12 @@
 """Host time of one call on tensors so small that nothing else counts, beside F.cross_entropy(F.linear(..)).
 
-python -m bench.overhead [--device cpu|cuda] [--out FILE.json]
+python -m bench.studies.overhead [--device cpu|cuda] [--out FILE.json]
 
 Forward without gradients, and forward + backward: microseconds, the median of the batches; on CUDA of enqueueing.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -19,7 +18,8 @@ from torch.nn import functional as F
 
 from cce_ext import linear_cross_entropy
 
-from .report import machine, save
+from .. import arguments
+from ..report import files, origin
 
 N, D, V = 8, 16, 128
 
@@ -39,9 +39,7 @@ def microseconds(call: Callable[[], object], batches: int = 15, calls: int = 100
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.overhead", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.parser("bench.studies.overhead", __doc__)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--out", type=Path, help="where to save the figures as JSON")
     args = parser.parse_args()
@@ -65,7 +63,7 @@ def main() -> None:
         rows.append({"method": name, "forward_us": forward, "forward_backward_us": both})
         print(f"{name:<28}{forward:>10.1f}{both:>12.1f}")
     if args.out:
-        save(args.out, machine(args.device, "bench.overhead") | {"shape": [N, D, V]}, rows)
+        files.save(args.out, origin.machine(args.device, "bench.studies.overhead") | {"shape": [N, D, V]}, rows)
         print(f"saved {args.out}")
 
 

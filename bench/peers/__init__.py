@@ -1,0 +1,1 @@
+"""What is measured: the implementations of the loss, each called as its own users call it."""

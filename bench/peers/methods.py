@@ -1,0 +1,57 @@
+"""All methods by name, in the order of the tables, and the versions of their packages."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+import cce_ext
+
+from . import others, ours, plain
+from .method import Method
+
+IN_FORWARD = "computes the gradient in its forward; loss-bw only scales it"
+
+# mm comes first: every other row is compared with it.
+METHODS = {
+    m.name: m
+    for m in (
+        Method("mm", None, note="products only"),
+        Method("cce", ours.impl("cce"), draws=True),
+        # The sampling eps against its cost: 2^-6 to 2^-11.
+        *(Method(f"cce_eps{k}", ours.impl("cce", 2.0**-k), draws=True, on_request=True) for k in range(6, 12)),
+        Method("cce_exact", ours.impl("cce_exact")),
+        Method("cce_threshold", ours.impl("cce_threshold")),
+        Method("torch_compile", ours.impl("torch_compile"), compiled=True),
+        Method("baseline", plain.baseline),
+        Method("compiled_baseline", plain.compiled_baseline, compiled=True),
+        Method("torch_chunked", plain.torch_chunked, note=IN_FORWARD),
+        Method("apple_cce", others.apple("cce")),
+        Method("apple_cce_exact", others.apple("cce_exact")),
+        Method("apple_cce_kahan_full_c", others.apple("cce_kahan_full_c")),
+        Method("liger", others.liger, note=IN_FORWARD),
+        Method("liger_cutedsl", others.liger_cutedsl, note="computes the logits' gradient and dE in its forward"),
+        Method("liger_cutedsl_scaled", others.liger_cutedsl_scaled),
+        Method("quack", others.quack, note="computes most of the gradient in its forward"),
+    )
+}
+
+# Distributions whose versions a results file names.
+DISTRIBUTIONS = (
+    "triton",
+    "cut-cross-entropy",
+    "liger_kernel",
+    "quack-kernels",
+    "nvidia-cutlass-dsl",
+    "apache-tvm-ffi",
+)
+
+
+def packages() -> dict[str, str]:
+    """name: version of cce_ext and of the peers that are installed."""
+    versions = {"cce_ext": cce_ext.__version__}
+    for name in DISTRIBUTIONS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

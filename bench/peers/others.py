@@ -1,0 +1,59 @@
+"""Other packages' implementations.
+
+Each is imported when it is first wanted, so that one that is missing or broken is one row of the results.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..problems.inputs import IGNORE_INDEX
+from .method import Loss, without_softcap
+
+
+def apple(impl: str) -> Callable[[float | None], Loss]:
+    def load(softcap: float | None) -> Loss:
+        from cut_cross_entropy import linear_cross_entropy
+
+        options: dict[str, object] = {"impl": impl}
+        if impl == "cce_exact" and "filter_c_grad" not in inspect.signature(linear_cross_entropy).parameters:
+            # The release on PyPI has impl "cce" alone; without its filter that is what "cce_exact" is in newer ones.
+            options = {"impl": "cce", "filter_eps": None}
+        return lambda e, c, t: linear_cross_entropy(e, c, t, softcap=softcap, **options)
+
+    return load
+
+
+def liger(softcap: float | None) -> Loss:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(softcap=softcap)
+    return lambda e, c, t: loss(c, e, t)
+
+
+def liger_cutedsl(softcap: float | None) -> Loss:
+    without_softcap(softcap)
+    from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90 import liger_fused_linear_cross_entropy_sm90
+
+    return liger_fused_linear_cross_entropy_sm90
+
+
+def liger_cutedsl_scaled(softcap: float | None) -> Loss:
+    without_softcap(softcap)
+    # Its dispatching front end falls back to PyTorch without a word, so the kernel itself is named.
+    from liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90 import LigerFusedScaledCrossEntropySM90Function
+
+    def loss(e: Tensor, c: Tensor, t: Tensor) -> Tensor:
+        return LigerFusedScaledCrossEntropySM90Function.apply(e, c, t).sum() / (t != IGNORE_INDEX).sum()
+
+    return loss
+
+
+def quack(softcap: float | None) -> Loss:
+    without_softcap(softcap)
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy

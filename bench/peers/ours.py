@@ -1,0 +1,17 @@
+"""cce_ext's own implementations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import cce_ext
+
+from .method import Loss
+
+
+def impl(name: str, filter_eps: float | Literal["auto"] = "auto") -> Callable[[float | None], Loss]:
+    def load(softcap: float | None) -> Loss:
+        return lambda e, c, t: cce_ext.linear_cross_entropy(e, c, t, softcap=softcap, filter_eps=filter_eps, impl=name)
+
+    return load

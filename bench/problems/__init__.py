@@ -1,0 +1,1 @@
+"""What is measured on: shapes, and the inputs of the loss."""

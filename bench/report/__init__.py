@@ -1,0 +1,1 @@
+"""What comes of it: results files, tables on the terminal, plots."""

@@ -1,0 +1,117 @@
+"""Results files: writing one, and what each benchmark's must hold (bench/README.md)."""
+
+from __future__ import annotations
+
+import json
+import math
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from ..measure.rows import COLUMNS, FIGURES, Row
+from ..measure.timing import KINDS
+
+
+def save(file: Path, meta: dict[str, Any], rows: list[Row]) -> None:
+    """Writes a results file. Raises ValueError if it is none, which is a mistake of the benchmark's."""
+    result = {"meta": meta, "rows": rows}
+    check(result)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+
+_MACHINE = ("device", "torch", "commit", "command", "date")
+
+_BACKWARD_ROWS = (
+    {"shape", "kernel", "start_us", "length_us", "gap_us"},
+    {"shape", "tiles", "first_rank", "visits", "runtime_ms"},
+)
+_DISTRIBUTED_ROW = {
+    *("shape", "n", "d", "v", "ranks", "method", "kind", "runtime_ms", "runtime_p20", "runtime_p80"),
+    *("op_mem_mb", "speed_up", "communication"),
+}
+
+
+def check(result: dict[str, Any]) -> str:
+    """Which benchmark a results file is of: bench, backward, distributed, ladder, portable, overhead, study or
+    train.
+
+    Raises ValueError if it is of none.
+    """
+    if result.get("kind") == "study":
+        _require({"config", "sessions", "runs"} <= set(result) and bool(result["runs"]), "a study file lacks its runs")
+        for session in result["sessions"]:
+            _require({"device", "commit", "command", "versions"} <= set(session), "a study's session lacks its origin")
+        return "study"
+    if "runs" in result:
+        _require(bool(result["runs"]), "runs is empty")
+        for name, run in result["runs"].items():
+            for key in ("train_loss", "held_out_loss", "tokens_per_second", "peak_memory_bytes"):
+                _require(key in run, f"run {name}: no {key}")
+        _require(
+            {"settings", "device", "command", "commit", "versions"} <= set(result), "a train file lacks its origin"
+        )
+        return "train"
+    _require(set(result) == {"meta", "rows"}, f"expected meta and rows, got {sorted(result)}")
+    meta, rows = result["meta"], result["rows"]
+    _require(isinstance(rows, list) and bool(rows), "rows is empty")
+    for key in _MACHINE:
+        _require(isinstance(meta.get(key), str) and meta[key], f"meta: {key} is {meta.get(key)!r}")
+    if "forward_us" in rows[0]:
+        for row in rows:
+            _require(set(row) == {"method", "forward_us", "forward_backward_us"}, f"an overhead row has {sorted(row)}")
+        return "overhead"
+    if "kernel" in rows[0]:
+        for row in rows:
+            _require(set(row) in _BACKWARD_ROWS, f"a backward row has {sorted(row)}")
+        return "backward"
+    if "ranks" in rows[0]:
+        for row in rows:
+            _require(set(row) == _DISTRIBUTED_ROW, f"a distributed row has {sorted(row)}")
+            ordered = 0 <= row["runtime_p20"] <= row["runtime_ms"] <= row["runtime_p80"]
+            _require(ordered, f"distributed row {row['shape']} {row['method']} {row['kind']}: the percentiles")
+        return "distributed"
+    if "x_dense" in rows[0]:
+        keys = {"runtime_ms", "runtime_min_ms", "runtime_max_ms", "x_dense", "op_mem_mb", "mem_x_dense"}
+        for row in rows:
+            _require(set(row) == keys | {"method", "kind"}, f"a portable row has {sorted(row)}")
+        return "portable"
+    if "variant" in rows[0]:
+        keys = {"variant", "shape", "n", "d", "v", "mm_ms", "runtime_ms", "x_mm", "x_mm_min", "x_mm_max"}
+        for row in rows:
+            _require(set(row) == keys, f"a ladder row has {sorted(row)}")
+            _require(row["x_mm_min"] <= row["x_mm_max"], f"ladder row {row['shape']} {row['variant']}: the range")
+        return "ladder"
+    _check_bench(meta, rows)
+    return "bench"
+
+
+def _check_bench(meta: dict[str, Any], rows: list[Row]) -> None:
+    for key in ("driver", "clocks", "cuda", "packages", "dtype", "softcap", "data_statistics"):
+        _require(key in meta, f"meta: no {key}")
+    _require(isinstance(meta["packages"], dict) and "cce_ext" in meta["packages"], "meta: packages lacks cce_ext")
+    seen = set()
+    for row in rows:
+        _require(set(row) == set(COLUMNS), f"a row has {sorted(set(row) ^ set(COLUMNS))} too many or too few")
+        where = f"row {row['shape']} {row['method']} {row['kind']}"
+        _require(row["kind"] in KINDS, f"{where}: kind")
+        for key in ("shape", "data", "method", "note"):
+            _require(isinstance(row[key], str), f"{where}: {key} is {row[key]!r}")
+        for key in ("n", "d", "v"):
+            _require(isinstance(row[key], int) and row[key] > 0, f"{where}: {key} is {row[key]!r}")
+        for key in FIGURES:
+            x = row[key]
+            real = isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x) and x >= 0
+            _require(x is None or real, f"{where}: {key} is {x!r}")
+        if row["runtime_ms"] is None:
+            _require(bool(row["note"]), f"{where}: no runtime and no note that says why")
+        else:
+            ordered = row["runtime_p20"] <= row["runtime_ms"] <= row["runtime_p80"]
+            _require(ordered, f"{where}: the median is not between the percentiles")
+        seen.add((row["shape"], row["n"], row["d"], row["v"], row["data"], row["method"], row["kind"]))
+    _require(len(seen) == len(rows), "two rows are of the same measurement")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

@@ -1,0 +1,49 @@
+"""The tables on the terminal."""
+
+from __future__ import annotations
+
+from ..measure.rows import Row
+
+
+def table(rows: list[Row]) -> str:
+    """The rows of one shape: a line a method and kind, then what was not measured."""
+    width = max(len(r["method"]) for r in rows)
+    lines = [
+        f"{'method':<{width}} {'kind':<10} {'runtime_ms':>10} {'op_mem_mb':>9} {'test_data':<9}"
+        f" {'p20-p80':>17} {'x mm':>6} {'TFLOP/s':>7} {'dE error':>8} {'dC error':>8} {'mean of 8':>17}  note"
+    ]
+    for r in rows:
+        if r["runtime_ms"] is None:
+            continue
+        both = f"{_number(r['runtime_p20'], '.3f')}-{_number(r['runtime_p80'], '.3f')}"
+        mean = "" if r["de_err_mean8"] is None else f"{r['de_err_mean8']:.1e}, {_number(r['dc_err_mean8'], '.1e')}"
+        lines.append(
+            f"{r['method']:<{width}} {r['kind']:<10} {r['runtime_ms']:>10.3f} {_number(r['op_mem_mb'], '.1f'):>9}"
+            f" {r['data'][:9]:<9} {both:>17} {_number(r['x_mm'], '.2f'):>6} {_number(r['tflops'], '.3g'):>7}"
+            f" {_number(r['de_err'], '.1e'):>8} {_number(r['dc_err'], '.1e'):>8} {mean:>17}  {r['note']}".rstrip()
+        )
+    without = {r["method"]: r["note"] for r in rows if r["runtime_ms"] is None}
+    lines += [f"{method:<{width}} {note}" for method, note in without.items()]
+    return "\n".join(lines)
+
+
+def short_table(rows: list[Row]) -> str:
+    """Forward and forward + backward beside the plain product, a line a shape and method."""
+    lines = [f"{'shape':<14} {'method':<24} {'fw ms':>9} {'x mm':>6} {'fw+bw ms':>9} {'x mm':>6} {'MB':>8}"]
+    pairs = {(r["shape"], r["data"], r["method"], r["kind"]): r for r in rows}
+    for shape, data, method, kind in pairs:
+        if kind != "loss-fw":
+            continue
+        forward, both = pairs[shape, data, method, kind], pairs[shape, data, method, "loss-fw-bw"]
+        if forward["runtime_ms"] is None:
+            lines.append(f"{shape:<14} {method:<24} {forward['note']}")
+            continue
+        lines.append(
+            f"{shape:<14} {method:<24} {forward['runtime_ms']:>9.3f} {_number(forward['x_mm'], '.2f'):>6}"
+            f" {both['runtime_ms']:>9.3f} {_number(both['x_mm'], '.2f'):>6} {_number(both['op_mem_mb'], '.0f'):>8}"
+        )
+    return "\n".join(lines)
+
+
+def _number(x: float | None, form: str) -> str:
+    return "-" if x is None else format(x, form)

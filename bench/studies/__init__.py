@@ -1,0 +1,1 @@
+"""Benchmarks of one question each, beside `python -m bench`."""
