@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import peaked
+from support.problems import peaked
 from torch import nn
 from torch.nn import functional as F
 
