@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -43,7 +44,8 @@ class Pool:
             self.close()
             self._start(ranks)
         for connection in self.connections:
-            connection.send(case)
+            with suppress(OSError):  # a rank that has ended says so below
+                connection.send(case)
         answers = self._finish(self._answers(self.case_limit))
         reasons = [text for outcome, text in answers if outcome == "skipped"]
         if reasons:
