@@ -1,6 +1,6 @@
-import host_module
 import pytest
 import torch
+from support import host_module
 
 import cce_ext
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from scripts import EXAMPLES, exit_of
+from support.scripts import EXAMPLES, exit_of
 
 TRAIN = EXAMPLES / "train.py"
 TINY = (

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from scripts import exit_of
+from support.scripts import exit_of
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytestmark = pytest.mark.usefixtures("accelerate")

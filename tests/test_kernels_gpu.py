@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import Problem, assert_as_good_as_dense, dense, error, oracle, peaked, uniform, upstream
+from support.problems import Problem, assert_as_good_as_dense, dense, error, oracle, peaked, uniform, upstream
 from torch.nn import functional as F
 
 from cce_ext import linear_cross_entropy
@@ -298,14 +298,17 @@ def test_shift_reductions_and_ignored_tokens(impl):
     c = torch.randn(500, 64, generator=g).cuda().bfloat16().requires_grad_()
     t = torch.randint(0, 500, (3, 50), generator=g).cuda()
     t[1, ::3] = -100
+    exact = [x.detach().double().requires_grad_() for x in (e, c)]
     for shift in (0, 1, 4):
-        z = (e.detach().double() @ c.detach().double().T)[:, : 50 - shift].flatten(0, 1)
         for reduction in ("none", "mean", "sum"):
             loss = linear_cross_entropy(e, c, t, shift=shift, reduction=reduction, impl=impl)
+            z = (exact[0] @ exact[1].T)[:, : 50 - shift].flatten(0, 1)
             expected = F.cross_entropy(z, t[:, shift:].flatten(), reduction=reduction)
             torch.testing.assert_close(loss.double().flatten(), expected.flatten(), rtol=1e-5, atol=1e-4)
             grads = torch.autograd.grad(loss.sum(), (e, c))
-            assert all(x.isfinite().all() and x.any() for x in grads)
+            for x, y in zip(grads, torch.autograd.grad(expected.sum(), exact), strict=True):
+                # These logits are random, and all blocks hold large entries: none is dropped, few are thinned.
+                assert error(x, y) < 1e-2
             if shift == 0:
                 assert (grads[0][1, ::3] == 0).all()
 
@@ -489,7 +492,6 @@ def test_offsets_past_2_to_31():
     targets = torch.randint(0, v, (n,), generator=g, device="cuda")
     targets[-1] = v - 1
     c[targets] += (e * (8.0 / d)).to(torch.bfloat16)
-    Problem(e, c, targets)
     lse = torch.full((n,), -float("inf"), device="cuda")
     for block in c.split(65536):
         lse = torch.logaddexp(lse, (e @ block.T).float().logsumexp(1))

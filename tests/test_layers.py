@@ -1,5 +1,9 @@
-"""The layers of csrc: each includes only what lies below it, so kernels see no torch and operators CUDA."""
+"""The layers of csrc: each includes only what lies below it, so kernels see no torch and operators CUDA.
 
+And of the Python around cce_ext: it uses no private names of the package.
+"""
+
+import ast
 import re
 from pathlib import Path
 
@@ -91,3 +95,45 @@ def test_cmake_lists_every_source():
     listed = set(re.findall(r"\bcsrc/[\w/]+\.(?:cpp|cu)\b", (ROOT / "CMakeLists.txt").read_text()))
     present = {p.relative_to(ROOT).as_posix() for p in SOURCES if p.suffix in (".cpp", ".cu")}
     assert listed - {"csrc/host_tests.cpp"} == present  # tests/csrc/host_tests.cpp: the host test module
+
+
+def private_names(name: str, text: str) -> list[str]:
+    """Where the Python file `name` imports a private name of cce_ext, or reaches one in a module of it."""
+    found, modules = [], set()
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules |= {a.asname or a.name.split(".")[0] for a in node.names if a.name.split(".")[0] == "cce_ext"}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "cce_ext":
+            modules |= {a.asname or a.name for a in node.names}
+            used = [*node.module.split("."), *(a.name for a in node.names)]
+            found += [f"{name}:{node.lineno}: {x}" for x in used if re.match("_(?!_)", x)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and re.match("_(?!_)", node.attr):
+            root = node.value
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            if isinstance(root, ast.Name) and root.id in modules:
+                found.append(f"{name}:{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def test_nothing_outside_of_the_package_uses_its_private_names():
+    paths = [path for folder in ("bench", "examples", "research", "tests") for path in (ROOT / folder).rglob("*.py")]
+    assert paths
+    found = [x for path in paths for x in private_names(path.relative_to(ROOT).as_posix(), path.read_text())]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from cce_ext.api import _compiled",
+        "from cce_ext._hidden import name",
+        "import cce_ext as c\nc.api._compiled()",
+        "from cce_ext import api\napi._compiled",
+    ],
+)
+def test_a_private_name_is_found(text):
+    assert len(private_names("a.py", text)) == 1
+    assert not private_names("a.py", text.replace("_compiled", "compiled").replace("_hidden", "hidden"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import assert_as_good_as_dense, dense, error, gradients, oracle, peaked, upstream
+from support.problems import assert_as_good_as_dense, dense, error, gradients, oracle, peaked, upstream
 from torch.nn import functional as F
 
 from cce_ext import linear_cross_entropy

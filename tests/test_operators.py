@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from problems import peaked
+from support.problems import peaked
 from torch import nn
 from torch.nn import functional as F
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from problems import oracle, peaked, uniform, upstream
+from support.problems import oracle, peaked, uniform, upstream
 
 from cce_ext import linear_cross_entropy, portable
 from cce_ext.sampling import CHAIN_TILES, CHAIN_TOKENS, draw_visits

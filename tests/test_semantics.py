@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import Problem, peaked
+from support.problems import Problem, peaked
 from torch.nn import functional as F
 
 from cce_ext import IMPLS, LinearCrossEntropy, compute_z_loss, linear_cross_entropy

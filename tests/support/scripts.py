@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def exit_of(script: str, args: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> str | int | None:
