@@ -13,7 +13,8 @@ from torch import distributed as dist
 
 pytest.importorskip("tqdm", reason="the benchmark needs tqdm")
 
-from bench import distributed, report
+from bench.report import files
+from bench.studies import distributed
 
 TESTS = Path(__file__).parent
 
@@ -46,14 +47,16 @@ def torchrun(ranks: int, *arguments: str) -> str:
 def test_benchmark(tmp_path, monkeypatch, capsys):
     file = tmp_path / "distributed.json"
     arguments = ["--shape", "64,64,300", "--repeats", "2", "--warmup", "1", "--commit", "abc", "--out", str(file)]
-    printed = torchrun(2, "-m", "bench.distributed", *arguments)
+    printed = torchrun(2, "-m", "bench.studies.distributed", *arguments)
     assert printed.count("one_rank") == 1 and "% communication" in printed
     result = json.loads(file.read_text())
-    assert report.check(result) == "distributed"
-    assert result["meta"]["command"].startswith("torchrun --nproc-per-node 2 -m bench.distributed --shape 64,64,300")
+    assert files.check(result) == "distributed"
+    assert result["meta"]["command"].startswith(
+        "torchrun --nproc-per-node 2 -m bench.studies.distributed --shape 64,64,300"
+    )
     assert {(r["method"], r["kind"]) for r in result["rows"]} >= {("vocab_parallel", "loss-fw"), ("latency", "loss-bw")}
 
-    monkeypatch.setattr(sys, "argv", ["bench.distributed", "predict", str(file), "--network", "50"])
+    monkeypatch.setattr(sys, "argv", ["bench.studies.distributed", "predict", str(file), "--network", "50"])
     distributed.main()
     table = capsys.readouterr().out.splitlines()
     assert table[0].startswith("64,64,300: ") and len(table) == 2 + 2 * 4
@@ -96,9 +99,9 @@ def test_mistakes_of_the_benchmark(monkeypatch, capsys, tmp_path):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     for arguments, message in (
         (["--shape", "64,64,300"], "run it by torchrun"),
-        (["predict", str(other)], "not a results file of bench.distributed"),
+        (["predict", str(other)], "not a results file of bench.studies.distributed"),
     ):
-        monkeypatch.setattr(sys, "argv", ["bench.distributed", *arguments])
+        monkeypatch.setattr(sys, "argv", ["bench.studies.distributed", *arguments])
         with pytest.raises(SystemExit):
             distributed.main()
         assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""bench.checks.fuzz: it passes what is right, and finds each way in which the portable implementation is broken here."""
+"""bench.checks.fuzz: it passes what is right, and finds each way in which the portable path is broken here."""
 
 from __future__ import annotations
 

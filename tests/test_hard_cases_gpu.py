@@ -26,7 +26,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import Problem, error, oracle, peaked, upstream
+from support.problems import Problem, error, oracle, peaked, upstream
 from torch import Tensor
 from torch.nn import functional as F
 
