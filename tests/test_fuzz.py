@@ -129,8 +129,8 @@ def a_forward_that(change):
     return [(portable, "lce_forward", lambda *args, **options: change(*forward(*args, **options)))]
 
 
-def weigh_by_one(g, t0, chosen, q, threshold=None, visit_tiles=portable._visit_tiles):
-    visit_tiles(g, t0, chosen, None if q is None else torch.ones_like(q), threshold)
+def weigh_by_one(self, rows, weight, v0, width, visits=portable.Gradients.visits):
+    return visits(self, rows, self.a[rows], v0, width)
 
 
 def visit_too_rarely(seed, first_tile, q, live):
@@ -152,7 +152,7 @@ BREAKS = {
         lambda nll, lse, tile_map: (nll * (1 + 1e-6 * torch.rand(())), lse, tile_map)
     ),
     "the map is too high": lambda: a_forward_that(lambda nll, lse, tile_map: (nll, lse, tile_map + 0.5)),
-    "visits are not weighed by 1/q": lambda: [(portable, "_visit_tiles", weigh_by_one)],
+    "visits are not weighed by 1/q": lambda: [(portable.Gradients, "visits", weigh_by_one)],
     "visits are too few": lambda: [(module, "draw_visits", visit_too_rarely) for module in (portable, fuzz)],
     "a call raises": lambda: [(portable, "lce_backward", fail)],
 }
@@ -187,11 +187,11 @@ def test_the_softcap_and_the_filter_are_looked_at(monkeypatch):
     assert found_by(SAMPLED) == []
     filtered = replace(SAMPLED, impl="cce_threshold", filter_eps=0.5, softcap=5.0, labels="one tile")
     assert found_by(filtered) == []
-    threshold = portable._threshold
-    with monkeypatch.context() as patch:
-        patch.setattr(portable, "_threshold", lambda g, live, m, nll, eps: threshold(g, live, m, nll, eps / 1000))
+    backward = portable.lce_backward
+    for change in ({"eps": 0.0005}, {"softcap": 5.05}):
+
+        def with_other_options(*args, options, change=change, **needs):
+            return backward(*args, options=replace(options, **change), **needs)
+
+        monkeypatch.setattr(portable, "lce_backward", with_other_options)
         assert any("dc is off" in failure for failure in found_by(filtered))
-    with monkeypatch.context() as patch:
-        probabilities = portable.Gradients._probabilities
-        patch.setattr(portable.Gradients, "_probabilities", lambda self, *args: (probabilities(self, *args)[0], None))
-        assert any("de is off" in failure for failure in found_by(filtered))

@@ -138,8 +138,8 @@ def draw_shape(r: random.Random, device: str) -> tuple[int, int, int]:
 class Problem:
     """e [N, D], c [V, D], bias [V] and targets [N] as the function takes them, and labels: the targets after the shift.
 
-    loss_weight, [N] or of a reduced loss one number, and lse_weight [N] make the scalar that is differentiated; g_nll
-    and g_lse, [N] or None, are what then flows into the operators.
+    loss_weight, [N] or of a reduced loss one number, and g_lse, [N] or None, make the scalar that is differentiated;
+    g_nll [N] and g_lse are what then flows into the operators.
     """
 
     def __init__(self, case: Case, device: str) -> None:
@@ -202,7 +202,7 @@ class Problem:
         if case.upstream == "zeros":
             none = self.uniform(case.n) < 0.5
             weight[none], of_lse[none] = 0.0, 0.0
-        self.lse_weight = self.g_lse = of_lse if case.lse else None
+        self.g_lse = of_lse if case.lse else None
         self.loss_weight = self.g_nll = weight
         if case.reduction != "none":
             self.loss_weight = weight.sum() / case.n + 0.25
@@ -415,7 +415,7 @@ class Trial:
         loss, lse = out if case.lse else (out, None)
         objective = (loss * (self.returned(p.loss_weight) if case.reduction == "none" else p.loss_weight)).sum()
         if lse is not None:
-            objective = objective + (lse * self.returned(p.lse_weight)).sum()
+            objective = objective + (lse * self.returned(p.g_lse)).sum()
         self.poison()
         self.draws += self.method.draws
         grads = torch.autograd.grad(objective, [leaf[side] for side in case.needs])
