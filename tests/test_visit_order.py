@@ -90,6 +90,7 @@ def faults(host, case: Case, items, pending, seed: int) -> set[str]:
     return found - {""}
 
 
+@pytest.mark.slow
 @settings(max_examples=3000, deadline=None, derandomize=True)
 @given(case=cases(), threads=st.sampled_from([1, 1, 1, 2, 5]), seed=st.integers(0, 2**32))
 # What 0.1.0 got wrong: nobody visits the rows that dE's sums lie in.
