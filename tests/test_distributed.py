@@ -44,6 +44,7 @@ def torchrun(ranks: int, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_benchmark(tmp_path, monkeypatch, capsys):
     file = tmp_path / "distributed.json"
     arguments = ["--shape", "64,64,300", "--repeats", "2", "--warmup", "1", "--commit", "abc", "--out", str(file)]

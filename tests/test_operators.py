@@ -165,6 +165,7 @@ def test_export(model_class, dynamic):
     torch.testing.assert_close(program.run_decompositions().module()(x, t), model.dense(x, t), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_aot_inductor(dynamic, tmp_path):
     model = Model().eval()

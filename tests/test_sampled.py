@@ -68,10 +68,12 @@ def assert_unbiased(p, all_deviations):
         assert abs(along.mean() / along.std() * math.sqrt(len(along))) < 4.5, "the mean is off by its own error"
 
 
+@pytest.mark.slow
 def test_mean_over_seeds_approaches_the_exact_gradient(problem):
     assert_unbiased(problem, deviations(problem, forward(problem)))
 
 
+@pytest.mark.slow
 def test_any_map_is_unbiased(problem):
     """A wrong map changes the variance, not the mean."""
     outputs = forward(problem)

@@ -109,6 +109,7 @@ def flat_with_a_gap() -> Case:
 FLAT = flat_with_a_gap()
 
 
+@pytest.mark.slow
 @settings(max_examples=3000, deadline=None, derandomize=True)
 @given(case=cases(), threads=st.sampled_from([1, 1, 1, 2, 5]), seed=st.integers(0, 2**32))
 # What 0.1.0 got wrong: nobody visits the rows that dE's sums lie in.

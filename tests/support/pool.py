@@ -124,7 +124,7 @@ class Pool:
             answers[rank] = "failed", f"did not finish, and was killed. It was here:\n{self._tail(rank)}"
         passed = [rank for rank in sorted(answers) if answers[rank][0] != "failed"]
         texts: dict[str, list[int]] = {}
-        for rank in sorted(answers):
+        for rank in sorted(answers, key=lambda rank: (rank in missing, rank)):  # the cause first
             if rank not in passed:
                 texts.setdefault(answers[rank][1], []).append(rank)
         self.close()
