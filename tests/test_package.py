@@ -223,7 +223,11 @@ def clone(tmp_path_factory) -> Path:
 
 
 def environment_without_cce(folder: Path) -> Path:
-    """The interpreter of a new environment that has this one's packages, but installs its own cce_ext before them."""
+    """The interpreter of a new environment: links to all of this one's packages, but no cce_ext.
+
+    A path to this one's folder would not do: its cce_ext, where a wheel installed it, comes before the finder
+    of an editable install.
+    """
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     python = folder / "bin" / "python"
     own = subprocess.run(
@@ -232,8 +236,11 @@ def environment_without_cce(folder: Path) -> Path:
         text=True,
         check=True,
     ).stdout.strip()
-    inherited = [path for path in sys.path if path.endswith("site-packages")]
-    Path(own, "inherited.pth").write_text("\n".join(inherited))
+    for packages in (Path(path) for path in sys.path if path.endswith("site-packages")):
+        for entry in packages.iterdir():
+            link = Path(own, entry.name)
+            if "cce_ext" not in entry.name and not link.exists():
+                link.symlink_to(entry)
     return python
 
 
