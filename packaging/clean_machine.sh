@@ -37,7 +37,7 @@ git archive HEAD | tar -x -C "$root/cce_ext"
 variables=(HOME=/root PATH=/usr/bin:/bin)
 while IFS= read -r line; do variables+=("$line"); done < <(env | grep -E '^(CCE|PIP)_[A-Z_]+=' || true)
 inside() {
-  env -i "${variables[@]}" chroot "$root" bash -euc "$1"
+  chroot "$root" /usr/bin/env -i "${variables[@]}" bash -euc "$1"
 }
 commands=$(sed -nE 's/^ *(pip install "\.\[(train|test)\]" && .+)$/\1/p' README.md)
 [ "$(wc -l <<<"$commands")" = 2 ]

@@ -494,6 +494,12 @@ def test_from_a_clone_and_from_elsewhere(clone, editable, tmp_path):
     install = ["-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-build-isolation"]
     run(Path(sys.executable), clone, *install, *(["-e"] if editable else []), ".")
     assert (clone / "cce_ext" / "_C.abi3.so").exists()
+    if editable and shutil.which("ninja"):  # the next one compiles what has changed: here nothing
+        log = clone / "build" / "editable" / "cmake-ninja" / ".ninja_log"
+        compiled = [log.read_text().count(".cpp.o")]
+        run(Path(sys.executable), clone, *install, "-e", ".")
+        compiled.append(log.read_text().count(".cpp.o"))
+        assert compiled[0] == compiled[1] > 0
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     loss = (
