@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import HAS_CUDA, IMPLS, __version__, linear_cross_entropy, reference
+from ._ops import ops
 from .measure import interleaved_times, peak_memory
 
 # N, D, V of the comparison: seconds on two cores, and large enough that a GPU is busy.
@@ -37,7 +38,7 @@ def main() -> int:
 
 
 def print_installation() -> None:
-    info = json.loads(torch.ops.cce.build_info())
+    info = json.loads(ops.build_info())
     print(f"cce_ext {__version__}, torch {torch.__version__}, python {platform.python_version()}")
     if info["cuda"]:
         architectures = ", ".join("sm_" + a for a in info["cuda_archs"])
@@ -50,7 +51,7 @@ def print_installation() -> None:
             p = torch.cuda.get_device_properties(i)
             kernels = ""
             if info["cuda"]:
-                device = json.loads(torch.ops.cce.device_info(i))
+                device = json.loads(ops.device_info(i))
                 kernels = ", kernels: " + ("wgmma and mma.sync" if device["sm90_kernels"] else "mma.sync")
             print(f"  cuda:{i}: {p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GB{kernels}")
     else:

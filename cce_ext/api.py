@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from . import reference, vocab_parallel
+from ._ops import ops
 from .ops import autocast_inputs, register_composite
 from .options import (
     DENSE,
@@ -288,7 +289,7 @@ def _loss_and_lse(
         if trains and method.draws:
             # Ranks that are seeded alike, as tensor-parallel ones are, must not draw the same visits of their shards.
             seed = torch.randint(_SEEDS, (1,), device=e.device) ^ seed_salt
-        forward: Callable[..., Any] = torch.ops.cce.lce_forward
+        forward: Callable[..., Any] = ops.lce_forward
         if shard is not None:
             forward = functools.partial(vocab_parallel.lce_forward, shard)
         nll, lse, *_ = forward(
@@ -339,7 +340,7 @@ def _compiled_reference() -> Callable[..., tuple[Tensor, Tensor]]:
     return compiled
 
 
-_OPERATOR_OPTIONS = [x.name for x in torch.ops.cce.linear_cross_entropy.default._schema.arguments][4:]
+_OPERATOR_OPTIONS = [x.name for x in ops.linear_cross_entropy.default._schema.arguments][4:]
 
 
 def _operator(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None, *args: Any) -> Tensor:

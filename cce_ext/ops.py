@@ -9,24 +9,16 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from . import portable
+from ._ops import add_op_namespace_prefix, ops
 from .options import KernelOptions, check_inputs, check_target_range, may_look_at
 
-LIBRARY = Path(__file__).with_name("_C.abi3.so")
-if not LIBRARY.exists():
-    raise ImportError(
-        f"{LIBRARY.name} is missing beside {Path(__file__).name}: this is cce_ext's source, not an installed package; "
-        "run `pip install .` (or `pip install -e .`) in the repository"
-    )
-torch.ops.load_library(str(LIBRARY))
-
-HAS_CUDA: bool = json.loads(torch.ops.cce.build_info())["cuda"]
+HAS_CUDA: bool = json.loads(ops.build_info())["cuda"]
 
 WITHOUT_CUDA = (
     "cce_ext was built without its CUDA kernels (CCE_CUDA=OFF, or no nvcc was found), so that it cannot serve CUDA "
@@ -37,7 +29,7 @@ WITHOUT_CUDA = (
 if not HAS_CUDA and torch.version.cuda is not None and torch.cuda.device_count() > 0:
     warnings.warn(WITHOUT_CUDA, RuntimeWarning, stacklevel=2)
 
-_library = torch.library.Library("cce", "IMPL")
+_library = torch.library.Library(add_op_namespace_prefix("").removesuffix("::"), "IMPL")
 
 
 def _checked(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, keywords: dict[str, Any]) -> KernelOptions:
@@ -69,7 +61,7 @@ def _lce_forward(
     if may_look_at(targets):
         check_target_range(targets, len(c), options.ignore_index)
     # The operator where it has a kernel of its own; elsewhere it would only be a longer way to the same function.
-    label_logits = torch.ops.cce.label_logits if HAS_CUDA and e.is_cuda else portable.label_logits
+    label_logits = ops.label_logits if HAS_CUDA and e.is_cuda else portable.label_logits
     label = label_logits(e, c, bias, targets, ignore_index=options.ignore_index, softcap=options.softcap)
     return portable.lce_forward(e, c, bias, targets, label, options=options, need_map=need_map)
 
@@ -150,9 +142,9 @@ def _lce_backward_fake(
     )
 
 
-torch.library.register_fake("cce::label_logits", _label_logits_fake)
-torch.library.register_fake("cce::lce_forward", _lce_forward_fake)
-torch.library.register_fake("cce::lce_backward", _lce_backward_fake)
+torch.library.register_fake(add_op_namespace_prefix("label_logits"), _label_logits_fake)
+torch.library.register_fake(add_op_namespace_prefix("lce_forward"), _lce_forward_fake)
+torch.library.register_fake(add_op_namespace_prefix("lce_backward"), _lce_backward_fake)
 
 
 def _save_for_backward(ctx: Any, inputs: Any, keyword_only_inputs: dict[str, Any], output: Any) -> None:
@@ -181,9 +173,7 @@ def gradients(
     if e is not None and e.is_cuda and options["method"] == "sampled" and torch.are_deterministic_algorithms_enabled():
         # The visits add to dE in no fixed order, while the exact gradient has one. dC's samples have one as well.
         options = options | {"filter_e": False}
-    found = torch.ops.cce.lce_backward(
-        g_nll, g_lse, *saved, **options, need_e=need[0], need_c=need[1], need_bias=need[2]
-    )
+    found = ops.lce_backward(g_nll, g_lse, *saved, **options, need_e=need[0], need_c=need[1], need_bias=need[2])
     d_e, d_c, d_bias = (g if needed else None for g, needed in zip(found, need, strict=True))
     return d_e, d_c, d_bias
 
@@ -196,9 +186,9 @@ def _not_by_itself(ctx: Any, *grads: Any) -> NoReturn:
     raise NotImplementedError("cce::label_logits has no gradient: differentiate lce_forward's nll instead")
 
 
-torch.library.register_autograd("cce::lce_forward", _backward, setup_context=_save_for_backward)
-torch.library.register_autograd("cce::lce_backward", _once_differentiable)
-torch.library.register_autograd("cce::label_logits", _not_by_itself)
+torch.library.register_autograd(add_op_namespace_prefix("lce_forward"), _backward, setup_context=_save_for_backward)
+torch.library.register_autograd(add_op_namespace_prefix("lce_backward"), _once_differentiable)
+torch.library.register_autograd(add_op_namespace_prefix("label_logits"), _not_by_itself)
 
 
 # Asked once: torch.compile cannot trace the question.
@@ -223,7 +213,7 @@ def _lce_forward_autocast(
 ) -> Any:
     e, c, bias = autocast_inputs(e, c, bias)
     with torch.autocast(e.device.type, enabled=False):
-        return torch.ops.cce.lce_forward(e, c, bias, targets, seed, **options)
+        return ops.lce_forward(e, c, bias, targets, seed, **options)
 
 
 for _key in ("AutocastCPU", "AutocastCUDA", "AutocastXPU", "AutocastMPS"):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from ._ops import ops
 from .ops import gradients
 from .options import may_look_at
 
@@ -195,7 +196,7 @@ class _LceForward(torch.autograd.Function):
         shard: VocabShard,
         options: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
-        nll, lse, tile_map = torch.ops.cce.lce_forward(e, c, bias, labels, seed, ignore_index=_IGNORED, **options)
+        nll, lse, tile_map = ops.lce_forward(e, c, bias, labels, seed, ignore_index=_IGNORED, **options)
         reference = lse - nll
         nll, lse = _combine(shard, lse, reference, labels, mine, targets)
         # The map is relative to this shard's label, or its stand-in. A target that is in no shard must show in the

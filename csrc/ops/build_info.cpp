@@ -4,6 +4,8 @@
 #include <sstream>
 #include <string>
 
+#include "ops/namespace.h"
+
 namespace cce {
 namespace {
 
@@ -29,6 +31,4 @@ std::string build_info() {
 }  // namespace
 }  // namespace cce
 
-STABLE_TORCH_LIBRARY_IMPL(cce, CompositeExplicitAutograd, m) {
-  m.impl("build_info", TORCH_BOX(&cce::build_info));
-}
+CCE_TORCH_LIBRARY_IMPL(CompositeExplicitAutograd, m) { m.impl("build_info", TORCH_BOX(&cce::build_info)); }

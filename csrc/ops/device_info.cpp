@@ -6,6 +6,7 @@
 
 #include "launch/launch.h"
 #include "ops/inputs.h"
+#include "ops/namespace.h"
 
 namespace cce {
 namespace {
@@ -13,7 +14,7 @@ namespace {
 // What the plans know of a GPU, as JSON.
 std::string device_info(int64_t device) {
   DeviceLimits limits{};
-  check_launch("cce::device_info: ", find_device_limits(static_cast<int>(device), limits),
+  check_launch(CCE_OPERATOR("device_info: "), find_device_limits(static_cast<int>(device), limits),
                static_cast<int32_t>(device));
   std::ostringstream json;
   json << "{\"multiprocessors\": " << limits.multiprocessors << ", \"shared_bytes\": " << limits.shared_bytes
@@ -25,6 +26,4 @@ std::string device_info(int64_t device) {
 }  // namespace
 }  // namespace cce
 
-STABLE_TORCH_LIBRARY_IMPL(cce, CompositeExplicitAutograd, m) {
-  m.impl("device_info", TORCH_BOX(&cce::device_info));
-}
+CCE_TORCH_LIBRARY_IMPL(CompositeExplicitAutograd, m) { m.impl("device_info", TORCH_BOX(&cce::device_info)); }

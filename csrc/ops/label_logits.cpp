@@ -8,6 +8,7 @@
 #include "launch/launch.h"
 #include "ops/cuda_scope.h"
 #include "ops/inputs.h"
+#include "ops/namespace.h"
 
 namespace cce {
 namespace {
@@ -15,7 +16,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr const char* kOp = "cce::label_logits: ";
+constexpr const char* kOp = CCE_OPERATOR("label_logits: ");
 
 Tensor label_logits(const Tensor& e_in, const Tensor& c_in, const std::optional<Tensor>& bias,
                     const Tensor& targets, int64_t ignore_index, std::optional<double> softcap) {
@@ -35,4 +36,4 @@ Tensor label_logits(const Tensor& e_in, const Tensor& c_in, const std::optional<
 }  // namespace
 }  // namespace cce
 
-STABLE_TORCH_LIBRARY_IMPL(cce, CUDA, m) { m.impl("label_logits", TORCH_BOX(&cce::label_logits)); }
+CCE_TORCH_LIBRARY_IMPL(CUDA, m) { m.impl("label_logits", TORCH_BOX(&cce::label_logits)); }

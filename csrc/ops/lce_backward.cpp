@@ -12,6 +12,7 @@
 #include "ops/checks.h"
 #include "ops/cuda_scope.h"
 #include "ops/inputs.h"
+#include "ops/namespace.h"
 #include "ops/portable.h"
 
 namespace cce {
@@ -21,7 +22,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::new_empty;
 using torch::stable::Tensor;
 
-constexpr const char* kOp = "cce::lce_backward: ";
+constexpr const char* kOp = CCE_OPERATOR("lce_backward: ");
 
 // Which gradients a pass writes.
 struct Sides {
@@ -204,10 +205,11 @@ std::tuple<Tensor, Tensor, Tensor> lce_backward(
 }
 
 void boxed(StableIValue* stack, uint64_t num_args, uint64_t num_outputs) {
-  sixteen_bit_or<TORCH_BOX(&lce_backward), 2>("cce::lce_backward_portable", stack, num_args, num_outputs);
+  sixteen_bit_or<TORCH_BOX(&lce_backward), 2>(CCE_OPERATOR("lce_backward_portable"), stack, num_args,
+                                              num_outputs);
 }
 
 }  // namespace
 }  // namespace cce
 
-STABLE_TORCH_LIBRARY_IMPL(cce, CUDA, m) { m.impl("lce_backward", &cce::boxed); }
+CCE_TORCH_LIBRARY_IMPL(CUDA, m) { m.impl("lce_backward", &cce::boxed); }

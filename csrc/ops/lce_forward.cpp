@@ -11,6 +11,7 @@
 #include "ops/checks.h"
 #include "ops/cuda_scope.h"
 #include "ops/inputs.h"
+#include "ops/namespace.h"
 #include "ops/portable.h"
 
 namespace cce {
@@ -20,7 +21,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::new_empty;
 using torch::stable::Tensor;
 
-constexpr const char* kOp = "cce::lce_forward: ";
+constexpr const char* kOp = CCE_OPERATOR("lce_forward: ");
 
 // The seed and the method say how the backward will visit; the forward is the same for all.
 std::tuple<Tensor, Tensor, Tensor> lce_forward(const Tensor& e_in, const Tensor& c_in,
@@ -59,10 +60,11 @@ std::tuple<Tensor, Tensor, Tensor> lce_forward(const Tensor& e_in, const Tensor&
 }
 
 void boxed(StableIValue* stack, uint64_t num_args, uint64_t num_outputs) {
-  sixteen_bit_or<TORCH_BOX(&lce_forward), 0>("cce::lce_forward_portable", stack, num_args, num_outputs);
+  sixteen_bit_or<TORCH_BOX(&lce_forward), 0>(CCE_OPERATOR("lce_forward_portable"), stack, num_args,
+                                             num_outputs);
 }
 
 }  // namespace
 }  // namespace cce
 
-STABLE_TORCH_LIBRARY_IMPL(cce, CUDA, m) { m.impl("lce_forward", &cce::boxed); }
+CCE_TORCH_LIBRARY_IMPL(CUDA, m) { m.impl("lce_forward", &cce::boxed); }

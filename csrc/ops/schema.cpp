@@ -1,8 +1,10 @@
 #include <torch/csrc/stable/library.h>
 
+#include "ops/namespace.h"
+
 // Every operator's signature. The kernels that are not in csrc/ops are registered from Python
 // (cce_ext/ops.py).
-STABLE_TORCH_LIBRARY(cce, m) {
+CCE_TORCH_LIBRARY(m) {
   m.def(
       "linear_cross_entropy(Tensor e, Tensor c, Tensor targets, Tensor? bias=None, SymInt ignore_index=-100, "
       "float? softcap=None, str reduction=\"mean\", SymInt shift=0, float? filter_eps=-1.0, "
