@@ -1,6 +1,7 @@
 """Runs CMake, which knows every source and flag, and tags the wheel. Everything else is in pyproject.toml."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,9 @@ from setuptools.errors import ExecError, SetupError
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_backend"))
 from cce_build import find_torch  # noqa: E402
+
+if sys.platform == "win32":  # at once: pip would fetch a torch for the build first, and CMake fail on the flags
+    raise SystemExit("cce_ext does not support Windows: install it in WSL 2")
 
 
 def parallel_jobs() -> int:
@@ -74,7 +78,8 @@ class CMakeBuild(build_ext):
 class Wheel(bdist_wheel):
     def get_tag(self):
         # The library holds no Python symbol, so one wheel serves every Python.
-        return "py3", "none", super().get_tag()[2]
+        # A universal Python on a Mac tags for two kinds of processor, while CMake builds for this one.
+        return "py3", "none", super().get_tag()[2].replace("universal2", platform.machine())
 
 
 setup(
