@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,9 @@ from cce_build import (  # noqa: E402
     gpu_architectures,
     why_without_kernels,
 )
+
+if sys.platform == "win32":  # at once: pip would fetch a torch for the build first, and CMake fail on the flags
+    raise SystemExit("cce_ext does not support Windows: install it in WSL 2")
 
 
 def parallel_jobs() -> int:
@@ -99,7 +103,8 @@ class CMakeBuild(build_ext):
 class Wheel(bdist_wheel):
     def get_tag(self):
         # The library holds no Python symbol, so one wheel serves every Python.
-        return "py3", "none", super().get_tag()[2]
+        # A universal Python on a Mac tags for two kinds of processor, while CMake builds for this one.
+        return "py3", "none", super().get_tag()[2].replace("universal2", platform.machine())
 
 
 setup(

@@ -13,12 +13,12 @@ namespace cce {
 template <auto kKernel, int kTensor>
 void sixteen_bit_or(const char* portable, StableIValue* stack, uint64_t num_args, uint64_t num_outputs) {
   int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_get_dtype(torch::stable::detail::to<AtenTensorHandle>(stack[kTensor]), &dtype));
   if (dtype == aoti_torch_dtype_float16() || dtype == aoti_torch_dtype_bfloat16()) {
     kKernel(stack, num_args, num_outputs);
   } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(portable, "", stack, TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(portable, "", stack, TORCH_ABI_VERSION));
   }
 }
 
