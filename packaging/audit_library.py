@@ -6,8 +6,8 @@ Without arguments it looks at the cce_ext that this Python would import. Fails, 
 hold to it. Needs `nm` and the packages of the extra `audit`.
 
 Two tools look, and then we do, since neither is strict enough for this library. abi3audit allows the Python functions
-of the limited API, and ours may use none. torch-abi-audit takes any name that begins with torch_ for the stable ABI, and
-cannot see what is looked up by dlsym.
+of the limited API, and ours may use none. torch-abi-audit takes any name that begins with torch_ for the stable ABI,
+of whatever version, and cannot see what is looked up by dlsym.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import re
 import subprocess
 import sys
 import tempfile
-import tomllib
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import tomllib
 from torch_abi_audit import inspect_extension
 from torch_abi_audit.torch_versions import format_version, stable_shim_versions
 

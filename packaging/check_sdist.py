@@ -1,6 +1,6 @@
 """Whether an sdist holds what git tracks and a build or the tests need, as git has it, and nothing else.
 
-    python packaging/check_sdist.py cce_ext-X.Y.Z.tar.gz
+python packaging/check_sdist.py cce_ext-X.Y.Z.tar.gz
 """
 
 from __future__ import annotations

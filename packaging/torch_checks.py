@@ -150,7 +150,8 @@ def main() -> None:
             traceback.print_exc()
             result, failed = f"{type(error).__name__}: {error}".strip(), True
         print(
-            json.dumps({"check": name, "result": result, "seconds": round(time.perf_counter() - started, 1)}), flush=True
+            json.dumps({"check": name, "result": result, "seconds": round(time.perf_counter() - started, 1)}),
+            flush=True,
         )
     sys.exit(failed)
 
