@@ -1,5 +1,6 @@
 """Runs CMake, which knows every source and flag, and tags the wheel. Everything else is in pyproject.toml."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -13,7 +14,13 @@ from setuptools.errors import ExecError, SetupError
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_backend"))
-from cce_build import find_torch  # noqa: E402
+from cce_build import (  # noqa: E402
+    cuda_wheels,
+    find_torch,
+    find_wheels_nvcc,
+    gpu_architectures,
+    why_without_kernels,
+)
 
 
 def parallel_jobs() -> int:
@@ -34,18 +41,28 @@ def run_cmake(step: str, *arguments: str) -> None:
         raise ExecError(f"CMake's {step} step failed (exit code {code}): its message is above")
 
 
+def say(line: str) -> None:
+    """Print a line that users must see: pip keeps a build's output to itself, so it goes to the terminal as well."""
+    print(line, flush=True)
+    with contextlib.suppress(OSError), open("/dev/tty", "w") as terminal:
+        terminal.write(f"\n{line}\n")
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext):
         jobs = parallel_jobs()
         try:
             torch = find_torch()
+            wheels = cuda_wheels(torch)
         except RuntimeError as error:
             raise SetupError(str(error)) from None
         if torch is None:
             raise SetupError("there is no torch >= 2.10 to build against: install it, or set CCE_TORCH_DIR")
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
         ninja = shutil.which("ninja")
-        build = Path(self.build_temp).resolve() / ("cmake-ninja" if ninja else "cmake-make")
+        # An editable install's build_temp is gone after it: in the clone the next one builds what has changed.
+        folder = ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp).resolve()
+        build = folder / ("cmake-ninja" if ninja else "cmake-make")
         arguments = [
             f"-S{ROOT}",
             f"-B{build}",
@@ -54,6 +71,11 @@ class CMakeBuild(build_ext):
             f"-DCCE_OUTPUT_DIR={library.parent}",
             f"-DCCE_OUTPUT_NAME={library.name}",
             f"-DCCE_CUDA={os.environ.get('CCE_CUDA') or 'AUTO'}",
+            f"-DCCE_STRICT={os.environ.get('CCE_STRICT') or 'OFF'}",
+            f"-DCCE_GPUS={';'.join(gpu_architectures())}",
+            # The longest of the kernels' files takes a third of the work: with many cores its architectures
+            # are compiled side by side.
+            f"-DCCE_NVCC_THREADS={max(1, jobs // 4)}",
         ]
         # The build folder outlives this run, so what an earlier one cached is set again or dropped: ninja may
         # have been in a pip environment that is gone, and another CUDA compiler may be wanted.
@@ -61,9 +83,12 @@ class CMakeBuild(build_ext):
             arguments += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         architectures = os.environ.get("CCE_CUDA_ARCHS")
         arguments.append(f"-DCCE_CUDA_ARCHS={architectures}" if architectures else "-UCCE_CUDA_ARCHS")
-        arguments.append("-UCMAKE_CUDA_COMPILER")
+        nvcc = find_wheels_nvcc(wheels) if wheels else None
+        arguments.append(f"-DCMAKE_CUDA_COMPILER={nvcc}" if nvcc else "-UCMAKE_CUDA_COMPILER")
         run_cmake("configure", *arguments)
         run_cmake("build", "--build", str(build), "--parallel", str(jobs))
+        if why := why_without_kernels(torch, build):
+            say(f"cce_ext is built WITHOUT its CUDA kernels: {why}")
         # From the root of a clone Python finds the package's own folder before the installed one, so that the
         # library has to be there as well.
         in_tree = ROOT / "cce_ext" / library.name

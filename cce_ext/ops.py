@@ -7,6 +7,7 @@ lce_backward, both functional.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,6 +27,15 @@ if not LIBRARY.exists():
 torch.ops.load_library(str(LIBRARY))
 
 HAS_CUDA: bool = json.loads(torch.ops.cce.build_info())["cuda"]
+
+WITHOUT_CUDA = (
+    "cce_ext was built without its CUDA kernels (CCE_CUDA=OFF, or no nvcc was found), so that it cannot serve CUDA "
+    "tensors: put CUDA's nvcc on the PATH, or have pip bring one by CCE_CUDA_WHEELS=13.0 (drivers from 580 on), and "
+    "install it again with `CCE_CUDA=ON pip install --force-reinstall --no-deps .`, or use impl='torch_compile'"
+)
+# device_count asks NVML first: unlike is_available it does not keep a later fork from using CUDA.
+if not HAS_CUDA and torch.version.cuda is not None and torch.cuda.device_count() > 0:
+    warnings.warn(WITHOUT_CUDA, RuntimeWarning, stacklevel=2)
 
 _library = torch.library.Library("cce", "IMPL")
 
@@ -234,11 +244,7 @@ def register_composite(kernel: Callable[..., Tensor]) -> None:
 
 def refuse_cuda(*args: Any, **kwargs: Any) -> NoReturn:
     """The operators' CUDA kernel in a build that has none. Raises RuntimeError that says how to get them."""
-    raise RuntimeError(
-        "cce_ext was built without its CUDA kernels (CCE_CUDA=OFF, or no nvcc was found), so that it cannot serve CUDA "
-        "tensors: put CUDA's nvcc on the PATH and install it again with `CCE_CUDA=ON pip install --force-reinstall "
-        "--no-deps .`, or use impl='torch_compile'"
-    )
+    raise RuntimeError(WITHOUT_CUDA)
 
 
 if not HAS_CUDA and torch.version.hip is None:

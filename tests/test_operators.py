@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -250,3 +253,29 @@ def test_cuda_tensors_without_cuda_kernels_name_the_mend():
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cce::{op}", "CUDA")
     with pytest.raises(RuntimeError, match="built without its CUDA kernels.*CCE_CUDA=ON"):
         cce_ext.ops.refuse_cuda()
+
+
+def test_a_gpu_without_cuda_kernels_is_told_at_import():
+    """In a process where torch counts a GPU and the library says that it has no kernels."""
+    program = (
+        "import torch, warnings\n"
+        "torch.version.cuda = {cuda!r}\n"
+        "torch.cuda.device_count = lambda: {gpus}\n"
+        "load = torch.ops.load_library\n"
+        "def loaded(path):\n"
+        "    load(path)\n"
+        "    torch.ops.cce.build_info = lambda: '{{\"cuda\": false}}'\n"
+        "torch.ops.load_library = loaded\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always')\n"
+        "    try:\n"
+        "        import cce_ext\n"
+        "    except RuntimeError as error:\n"  # the library does have kernels: the refusal cannot be put beside them
+        "        assert 'CUDA' in str(error), error\n"
+        "print([w.filename for w in seen if 'built without its CUDA kernels' in str(w.message)])\n"
+    )
+    for cuda, gpus, warned in (("13.0", 1, True), ("13.0", 0, False), (None, 1, False)):
+        command = [sys.executable, "-c", program.format(cuda=cuda, gpus=gpus)]
+        done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert (done.stdout.strip() != "[]") == warned, done.stdout

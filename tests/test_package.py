@@ -58,6 +58,57 @@ def test_bad_cce_cuda_archs(tmp_path, value):
     assert "CCE_CUDA_ARCHS must be a list" in output
 
 
+def program(folder: Path, name: str, script: str) -> Path:
+    """A shell script in the place of a program."""
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+@needs_cmake
+def test_a_host_compiler_that_nvcc_refuses(tmp_path):
+    """nvcc's own word comes with what helps; the compiler that CUDAHOSTCXX names is the one that is tried."""
+    refusal = "echo '#error -- unsupported GNU version! gcc versions later than 15 are not supported!' >&2; exit 1"
+    nvcc = program(tmp_path, "nvcc", f'case "$*" in *list-gpu-arch*) echo compute_90 ;; *) {refusal} ;; esac')
+    code, output = configure(tmp_path / "build", "-DCCE_CUDA=ON", CUDACXX=str(nvcc), CUDAHOSTCXX="/opt/g++-99")
+    assert code != 0
+    assert "refuses the C++ compiler /opt/g++-99: unsupported GNU version! gcc versions later than 15" in output
+    assert "Set CUDAHOSTCXX to one that it accepts" in output
+
+
+@needs_cmake
+def test_an_nvcc_that_does_not_run(tmp_path):
+    nvcc = program(tmp_path, "nvcc", "echo 'no libc of this age' >&2; exit 1")
+    code, output = configure(tmp_path / "build", "-DCCE_CUDA=AUTO", CUDACXX=str(nvcc))
+    assert code != 0
+    assert f"{nvcc} does not run: no libc of this age" in output
+
+
+@needs_cmake
+@pytest.mark.slow
+def test_architectures(tmp_path):
+    """Those of the GPUs that are there; all, with PTX for what lies between and what comes, where nvcc lacks one."""
+    if not any(map(shutil.which, ("nvcc", "/usr/local/cuda/bin/nvcc"))):
+        pytest.skip("there is no nvcc")
+    import torch
+
+    options = ("-DCCE_CUDA=ON", f"-DCCE_TORCH_DIR={Path(torch.__file__).parent}")
+    everything = r"for 80;86-real;89-real;(90-real;100-real;120|90)( |$)"
+    for gpus, archs, expected in (
+        ("90", "", "for 90-real( |$)"),
+        ("80;90", "", "for 80-real;90-real( |$)"),
+        ("90;990", "", everything),
+        ("", "", everything),
+        ("90", "86", "for 86( |$)"),
+    ):
+        code, output = configure(tmp_path, *options, f"-DCCE_GPUS={gpus}", f"-DCCE_CUDA_ARCHS={archs}")
+        assert code == 0, output
+        assert re.search(r"CUDA kernels by \d+\.\d+\.\d+ " + expected, output), (gpus, archs, output)
+        assert ("does not know this machine's sm_990" in output) == ("990" in gpus)
+
+
 def test_setup_reports_the_reason(tmp_path):
     """What pip shows: setup.py's own error comes last, after CMake's."""
     if importlib.util.find_spec("setuptools.command.bdist_wheel") is None:
@@ -140,6 +191,158 @@ def test_torch_dir_override(backend, tmp_path, monkeypatch):
     monkeypatch.setenv("CCE_TORCH_DIR", str(fake_torch(tmp_path / "old", 2, 9)))
     with pytest.raises(RuntimeError, match=r"CCE_TORCH_DIR must be .* torch >= 2\.10, but .* has torch 2\.9"):
         backend.find_torch()
+
+
+# ---- the CUDA compiler from PyPI ----
+
+
+@pytest.fixture
+def machine(backend, monkeypatch):
+    """A Linux machine without nvcc and GPU, and without a word on CUDA in its environment."""
+    for name in ("CCE_CUDA", "CCE_CUDA_WHEELS", "CUDACXX", "CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(backend.sys, "platform", "linux")
+    monkeypatch.setattr(backend.shutil, "which", lambda name, path=None: None)
+    monkeypatch.setattr(backend, "gpu_architectures", list)
+    return backend
+
+
+def torch_for(folder: Path, cuda: str | None, annotation: str = ": Optional[str]") -> Path:
+    torch = fake_torch(folder, 2, 13)
+    (torch / "version.py").write_text(
+        f"__all__ = ['__version__', 'cuda']\n__version__ = '2.13.0'\ncuda{annotation} = {cuda!r}\nhip = '6.4'\n"
+    )
+    return torch
+
+
+def test_the_cuda_of_torch(backend, tmp_path):
+    assert backend.torch_cuda(torch_for(tmp_path / "a", "13.0")) == (13, 0)
+    assert backend.torch_cuda(torch_for(tmp_path / "b", "12.8", annotation="")) == (12, 8)
+    assert backend.torch_cuda(torch_for(tmp_path / "c", None)) is None
+    assert backend.torch_cuda(fake_torch(tmp_path / "d", 2, 13)) is None
+    assert backend.torch_cuda(None) is None
+    import torch
+
+    ours = torch.version.cuda
+    assert backend.torch_cuda(Path(torch.__file__).parent) == (ours and tuple(int(x) for x in ours.split(".")))
+
+
+def test_the_compiler_comes_with_a_torch_that_has_cuda(machine, tmp_path, monkeypatch):
+    with_cuda, old, without = (torch_for(tmp_path / str(cuda), cuda) for cuda in ("13.2", "12.8", None))
+    assert machine.cuda_wheels(with_cuda) == (13, 2)
+    assert machine.cuda_wheels(old) is None
+    assert machine.cuda_wheels(without) is None
+    assert machine.cuda_wheels(None) is None
+    monkeypatch.setattr(machine, "_candidate_folders", lambda: [with_cuda])
+    monkeypatch.delenv("CCE_TORCH_DIR", raising=False)
+    assert set(machine.cuda_requirements((13, 2))) <= set(machine.extra_requirements())
+
+    monkeypatch.setattr(machine, "gpu_architectures", lambda: ["90"])
+    assert machine.cuda_wheels(None) == (13, 0)  # torch comes with the installation, the GPU is there
+    assert machine.cuda_wheels(without) is None
+    monkeypatch.setattr(machine.sys, "platform", "darwin")
+    assert machine.cuda_wheels(with_cuda) is None
+
+
+def test_the_compiler_comes_when_asked_for(machine, tmp_path, monkeypatch):
+    with_cuda, old, without = (torch_for(tmp_path / str(cuda), cuda) for cuda in ("13.2", "12.8", None))
+    monkeypatch.setenv("CCE_CUDA", "ON")
+    assert [machine.cuda_wheels(torch) for torch in (with_cuda, without, None)] == [(13, 2), (13, 0), (13, 0)]
+    assert machine.cuda_wheels(old) is None  # CMake says what is missing
+    monkeypatch.setenv("CUDA_HOME", "/opt/cuda")
+    assert machine.cuda_wheels(with_cuda) is None
+    monkeypatch.setenv("CCE_CUDA_WHEELS", "13.1")
+    assert [machine.cuda_wheels(torch) for torch in (with_cuda, old, without, None)] == [(13, 1)] * 4
+    monkeypatch.setenv("CCE_CUDA", "OFF")
+    assert machine.cuda_wheels(with_cuda) is None
+
+
+@pytest.mark.parametrize("value", ["13", "yes", "12.8", "13.0.1"])
+def test_bad_cce_cuda_wheels(machine, monkeypatch, value):
+    monkeypatch.setenv("CCE_CUDA_WHEELS", value)
+    with pytest.raises(RuntimeError, match=f"CCE_CUDA_WHEELS must be a version of CUDA such as 13.0, but is '{value}'"):
+        machine.cuda_wheels(None)
+
+
+@pytest.mark.parametrize(
+    ("release", "taken"), [("release 13.0, V13.0.88", False), ("release 12.0, V12.0.1", False), ("release 11.8", True)]
+)
+def test_the_machines_own_nvcc_comes_first_unless_it_is_too_old(machine, tmp_path, monkeypatch, release, taken):
+    nvcc = program(tmp_path / "bin", "nvcc", f"echo 'Copyright (c) 2005-2025 NVIDIA'; echo 'Cuda tools, {release}'")
+    monkeypatch.setattr(
+        machine.shutil, "which", lambda name, path=None: str(nvcc) if name in ("nvcc", str(nvcc)) else None
+    )
+    assert machine.cuda_wheels(torch_for(tmp_path, "13.0")) == ((13, 0) if taken else None)
+
+
+def test_the_wheels_are_of_one_minor_version(backend):
+    from packaging.requirements import Requirement
+
+    requirements = [Requirement(text) for text in backend.cuda_requirements((13, 2))]
+    assert len(requirements) == 5
+    for requirement in requirements:
+        fits = [version for version in ("13.0.88", "13.1.9", "13.2.51", "13.3.3") if version in requirement.specifier]
+        # The headers of CCCL have fewer releases than the toolkit: their newest up to it is taken.
+        assert fits[-1] == "13.2.51" and (len(fits) == 1 or requirement.name == "nvidia-cuda-cccl")
+
+
+def test_the_nvcc_of_wheels_is_found(backend, tmp_path, monkeypatch):
+    assert backend.find_wheels_nvcc((99, 0)) is None
+    for folder in ("other", "site"):
+        (tmp_path / folder / "nvidia").mkdir(parents=True)
+    (tmp_path / "site/nvidia/cu13/bin").mkdir(parents=True)
+    nvcc = program(tmp_path / "site/nvidia/cu13/bin", "nvcc", "true")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    monkeypatch.syspath_prepend(str(tmp_path / "other"))
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    assert backend.find_wheels_nvcc((13, 0)) == nvcc
+
+
+class Driver:
+    """libcuda.so.1 of a machine with these compute capabilities."""
+
+    def __init__(self, *capabilities: tuple[int, int], error: int = 0):
+        self.capabilities, self.error = capabilities, error
+
+    def cuInit(self, flags):
+        return self.error
+
+    def cuDeviceGetCount(self, count):
+        count._obj.value = len(self.capabilities)
+        return 0
+
+    def cuDeviceGet(self, device, ordinal):
+        device._obj.value = ordinal
+        return 0
+
+    def cuDeviceGetAttribute(self, value, attribute, device):
+        value._obj.value = self.capabilities[device.value][{75: 0, 76: 1}[attribute]]
+        return 0
+
+
+def test_the_gpus_of_the_machine(backend, monkeypatch):
+    def gpus(driver):
+        monkeypatch.setattr(backend.ctypes, "CDLL", lambda name: driver)
+        return backend.gpu_architectures()
+
+    assert gpus(Driver((9, 0), (8, 0), (12, 0), (9, 0))) == ["80", "90", "120"]
+    assert gpus(Driver()) == []
+    assert gpus(Driver((9, 0), error=100)) == []  # CUDA_ERROR_NO_DEVICE
+    assert gpus(object()) == []
+    monkeypatch.undo()
+    assert backend.gpu_architectures() == [] or all(x.isdecimal() for x in backend.gpu_architectures())
+
+
+def test_without_kernels_although_torch_has_cuda(backend, tmp_path):
+    def why(cuda, *lines):
+        (tmp_path / "CMakeCache.txt").write_text("\n".join(("CCE_CUDA:STRING=AUTO", *lines)))
+        return backend.why_without_kernels(torch_for(tmp_path / f"{cuda}{len(lines)}", cuda), tmp_path)
+
+    missing = "CCE_WITHOUT_CUDA:INTERNAL=there is no nvcc"
+    assert why(None, missing) is None
+    assert why("13.0") is None
+    assert why("13.0", missing, "").startswith("torch is built for CUDA 13.0, but there is no nvcc. Install")
+    assert "CCE_CUDA_WHEELS=13.0" in why("12.8", missing)
 
 
 # ---- the built library ----
@@ -259,6 +462,29 @@ def test_a_clone_without_its_library_says_so(clone):
 
 
 @pytest.mark.slow
+def test_a_build_without_kernels_says_so(clone, tmp_path):
+    """A torch with CUDA, no nvcc: the last line of setup.py names the reason."""
+    import torch
+
+    own = Path(torch.__file__).parent
+    folder = tmp_path / "torch"
+    folder.mkdir()
+    for name in ("include", "lib"):
+        (folder / name).symlink_to(own / name)
+    (folder / "version.py").write_text("cuda = '13.0'\n")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", f"--build-temp={tmp_path}", f"--build-lib={tmp_path}"],
+        cwd=clone,
+        env={**os.environ, "CCE_CUDA": "AUTO", "CUDA_HOME": "/nonexistent", "CCE_TORCH_DIR": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    said = "cce_ext is built WITHOUT its CUDA kernels: torch is built for CUDA 13.0, but CUDA_HOME is '/nonexistent'"
+    assert done.stdout.rstrip().splitlines()[-1].startswith(said)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("editable", [False, True], ids=["pip install .", "pip install -e ."])
 def test_from_a_clone_and_from_elsewhere(clone, editable, tmp_path):
     if importlib.util.find_spec("setuptools.command.bdist_wheel") is None:
@@ -268,6 +494,12 @@ def test_from_a_clone_and_from_elsewhere(clone, editable, tmp_path):
     install = ["-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-build-isolation"]
     run(Path(sys.executable), clone, *install, *(["-e"] if editable else []), ".")
     assert (clone / "cce_ext" / "_C.abi3.so").exists()
+    if editable and shutil.which("ninja"):  # the next one compiles what has changed: here nothing
+        log = clone / "build" / "editable" / "cmake-ninja" / ".ninja_log"
+        compiled = [log.read_text().count(".cpp.o")]
+        run(Path(sys.executable), clone, *install, "-e", ".")
+        compiled.append(log.read_text().count(".cpp.o"))
+        assert compiled[0] == compiled[1] > 0
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     loss = (

@@ -114,7 +114,9 @@ void check_launch(const char* op, const LaunchError& error, const Tensor& e) {
 
 void check_launch(const char* op, const LaunchError& error, int32_t device) {
   CCE_CHECK(!error, op, error.source, " failed on cuda:", device, ": ", error.text,
-            error.no_kernel ? " (this library has kernels for GPU architectures " CCE_CUDA_ARCHS ")" : "");
+            error.no_kernel ? " (this library has kernels for GPU architectures " CCE_CUDA_ARCHS
+                              ": build it on this machine, or with CCE_CUDA_ARCHS)"
+                            : "");
 }
 
 DeviceLimits device_limits(const char* op, const Tensor& e) {
