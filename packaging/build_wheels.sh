@@ -3,9 +3,10 @@
 #
 #     packaging/build_wheels.sh [OUT]     # OUT: dist by default
 #
-# CCE_CUDA, CCE_CUDA_ARCHS, CCE_TORCH_DIR, MAX_JOBS and what else the build looks at are passed on (README.md). PYTHON
+# CCE_CUDA, CCE_CUDA_ARCHS, CCE_TORCH_DIR, MAX_JOBS and the others of docs/install.md are passed on to the build. PYTHON
 # (python3 by default, 3.11 or newer) runs it all; its torch is built against, or else BUILD_TORCH is installed for it.
-# Needs git, nm and readelf.
+# The tag is as old as the C and C++ runtimes here let it be: a release is built in a manylinux_2_28 container
+# (.github/workflows/wheels.yml). Needs git, nm and readelf.
 set -euo pipefail
 out=$(realpath -m "${1:-dist}")
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -14,6 +15,9 @@ cd "$root"
 readonly PYTHON=${PYTHON:-python3} BUILD_TORCH=${BUILD_TORCH:-torch==2.13.0}
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
+
+# A wheel is for all GPUs, not for those of this machine: the build must not see them.
+export CUDA_VISIBLE_DEVICES=
 
 say() { printf '\n=== %s\n' "$*"; }
 
