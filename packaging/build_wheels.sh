@@ -5,8 +5,8 @@
 #
 # CCE_CUDA, CCE_CUDA_ARCHS, CCE_TORCH_DIR, MAX_JOBS and the others of docs/install.md are passed on to the build. PYTHON
 # (python3 by default, 3.11 or newer) runs it all; its torch is built against, or else BUILD_TORCH is installed for it.
-# The tag is as old as the C and C++ runtimes here let it be: a release is built in a manylinux_2_28 container
-# (.github/workflows/wheels.yml). Needs git, nm and readelf.
+# PLATFORM is auditwheel's: by default `auto`, as old as the C and C++ runtimes here let the wheel be. A release is built
+# in a manylinux_2_28 container (.github/workflows/wheels.yml), and fails if it needs newer ones. Needs git, nm and readelf.
 set -euo pipefail
 out=$(realpath -m "${1:-dist}")
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -65,14 +65,13 @@ started=$SECONDS
 echo "built in $((SECONDS - started)) s"
 built=$(echo "$scratch"/built/*.whl)
 
-# torch has loaded its library before ours, so that the wheel must not carry a copy. `auto` is the oldest Linux that
-# has every symbol version.
+# torch has loaded its library before ours, so that the wheel must not carry a copy.
 say "auditwheel"
 "$python" -m auditwheel show "$built"
-"$python" -m auditwheel repair --plat auto --exclude libtorch_cpu.so --wheel-dir "$scratch/repaired" "$built"
+"$python" -m auditwheel repair --plat "${PLATFORM:-auto}" --exclude libtorch_cpu.so --wheel-dir "$scratch/repaired" "$built"
 wheel=$(echo "$scratch"/repaired/*.whl)
 case $wheel in
-  *-py3-none-manylinux_*) ;;
+  *-py3-none-manylinux*) ;;
   *) echo "auditwheel gave no manylinux tag: ${wheel##*/}" >&2; exit 1 ;;
 esac
 
