@@ -30,11 +30,15 @@ _DISTRIBUTED_ROW = {
     *("shape", "n", "d", "v", "ranks", "method", "kind", "runtime_ms", "runtime_p20", "runtime_p80"),
     *("op_mem_mb", "speed_up", "communication"),
 }
+# packaging/try_torches.py: "ok" or what went wrong, and where a row is from, since several runs make up a file.
+_TORCH_VERSION_ROW = {
+    *("version", "torch", "python", "import", "opcheck", "compile", "step"),
+    *("wheel", "wheel_sha256", "device", "commit", "date", "command"),
+}
 
 
 def check(result: dict[str, Any]) -> str:
-    """Which benchmark a results file is of: bench, backward, distributed, ladder, portable, overhead, study or
-    train.
+    """What a results file is of: bench, backward, distributed, ladder, portable, overhead, study, torch or train.
 
     Raises ValueError if it is of none.
     """
@@ -61,6 +65,12 @@ def check(result: dict[str, Any]) -> str:
         for row in rows:
             _require(set(row) == {"method", "forward_us", "forward_backward_us"}, f"an overhead row has {sorted(row)}")
         return "overhead"
+    if "opcheck" in rows[0]:
+        for row in rows:
+            _require(set(row) == _TORCH_VERSION_ROW, f"a row of torch's versions has {sorted(row)}")
+            filled = all(isinstance(row[name], str) and row[name] for name in _TORCH_VERSION_ROW - {"torch", "python"})
+            _require(filled, f"row of torch {row['version']}: something is empty or no text")
+        return "torch"
     if "kernel" in rows[0]:
         for row in rows:
             _require(set(row) in _BACKWARD_ROWS, f"a backward row has {sorted(row)}")
