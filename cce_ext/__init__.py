@@ -5,7 +5,7 @@ from .ops import HAS_CUDA
 from .options import IMPLS
 from .vocab_parallel import VocabParallelOptions
 
-__version__ = "0.1.1"
+__version__ = "0.2.0"
 
 __all__ = [
     "HAS_CUDA",

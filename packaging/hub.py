@@ -55,15 +55,15 @@ class Project(NamedTuple):
 
 
 def read_project() -> Project:
-    text = (ROOT / "pyproject.toml").read_text()
-
-    def field(name: str) -> str:
-        found = re.search(rf'^{name} = "(.+)"$', text, re.MULTILINE)
+    def field(name: str, file: str = "pyproject.toml", key: str = "") -> str:
+        found = re.search(rf'^{key or name} = "(.+)"$', (ROOT / file).read_text(), re.MULTILINE)
         if found is None:
-            raise HubError(f"pyproject.toml: no line is `{name} = ...` with a string")
+            raise HubError(f"{file}: no line is `{key or name} = ...` with a string")
         return found[1]
 
-    return Project(*(field(name) for name in ("name", "version", "license", "description")))
+    return Project(
+        field("name"), field("version", "cce_ext/__init__.py", "__version__"), field("license"), field("description")
+    )
 
 
 class Kernels(NamedTuple):
