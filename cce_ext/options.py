@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.autograd.forward_ad import unpack_dual
 
 if TYPE_CHECKING:
     from .vocab_parallel import VocabParallelOptions
@@ -60,7 +61,7 @@ class Options:
 
     def check(self) -> None:
         """Raises ValueError for options that no call could take."""
-        check_reduction(self.reduction)
+        check_reduction(self.reduction, self.mean_group)
         check_softcap(self.softcap)
         if self.impl not in DENSE:
             resolve_method(self, torch.float32)
@@ -162,10 +163,33 @@ def check_eps(method: str, eps: float, argument: str) -> None:
         raise ValueError(f"{argument}: the threshold must be in (0, 1), got {eps!r}")
 
 
-def check_reduction(reduction: str) -> None:
-    """Raises ValueError for one that is not in REDUCTIONS."""
+def check_reduction(reduction: str, mean_group: dist.ProcessGroup | None = None) -> None:
+    """Raises ValueError for one that is not in REDUCTIONS, or to which a mean_group means nothing."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if mean_group is not None and reduction != "mean":
+        raise ValueError(f"mean_group: expected None with reduction={reduction!r}, which divides by nothing")
+
+
+def check_transforms(e: Tensor, c: Tensor, bias: Tensor | None) -> None:
+    """Raises NotImplementedError under transforms that the operators' written-out gradient cannot serve.
+
+    Forward-mode AD would get a tangent of 0, without a word, from an operator that has no rule for it.
+    """
+    if torch.compiler.is_compiling():
+        return
+    keys = {interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack() or ()}
+    transforms = torch._C._functorch.TransformType
+    if transforms.Jvp in keys or any(x is not None and unpack_dual(x).tangent is not None for x in (e, c, bias)):
+        what = "forward-mode AD (torch.func.jvp, torch.autograd.forward_ad) is"
+    elif transforms.Grad in keys:
+        what = "torch.func.grad and what is built on it are"
+    else:
+        return
+    raise NotImplementedError(
+        f"linear_cross_entropy: {what} served by impl='reference' only; the others have their gradient by "
+        "loss.backward() and torch.autograd.grad"
+    )
 
 
 def check_softcap(softcap: float | None) -> None:

@@ -8,7 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 from support.problems import Problem, peaked
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from cce_ext import IMPLS, LinearCrossEntropy, compute_z_loss, linear_cross_entropy
 from cce_ext.options import Options
@@ -358,3 +360,74 @@ def test_label_smoothing_from_loss_and_lse(device):
     torch.testing.assert_close(ours, theirs)
     for x, y in zip(torch.autograd.grad(ours, (p.e, p.c)), torch.autograd.grad(theirs, (p.e, p.c)), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+
+
+# ---- around the loss: autocast, checkpoints, transforms ----
+
+
+@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl not in ("torch_compile", "reference")])
+def test_backward_inside_autocast(impl):
+    """Where the backward is called changes nothing: its own sums stay in fp32."""
+    p = peaked(40, 16, 1000, dtype=torch.float32).leaves()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(p.e, p.c, p.targets, impl=impl)
+        inside = torch.autograd.grad(loss, (p.e, p.c), retain_graph=True)
+    outside = torch.autograd.grad(loss, (p.e, p.c))
+    assert all(torch.equal(x, y) for x, y in zip(inside, outside, strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_checkpoints_draw_anew_each_step_and_the_same_twice(reentrant):
+    """Reentrant checkpointing runs the forward without a gradient first; it is that run that moves the generator on."""
+    p = peaked(200, 16, 4000)
+
+    def gradient(loss):
+        q = p.leaves()
+        loss(q.e, q.c).backward()
+        return q.c.grad
+
+    def loss(e, c):
+        return linear_cross_entropy(e, c, p.targets, filter_eps=2.0**-4)
+
+    torch.manual_seed(3)
+    plain = [gradient(loss) for _ in range(2)]
+    torch.manual_seed(3)
+    saved = [gradient(lambda e, c: checkpoint(loss, e, c, use_reentrant=reentrant)) for _ in range(2)]
+    assert not torch.equal(*plain)
+    assert all(torch.equal(x, y) for x, y in zip(plain, saved, strict=True))
+
+
+def test_inference_leaves_the_generator_alone():
+    p = peaked(20, 16, 1000).leaves()
+    before = torch.get_rng_state()
+    with torch.inference_mode():
+        linear_cross_entropy(p.e, p.c, p.targets)
+    linear_cross_entropy(p.e.detach(), p.c.detach(), p.targets)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("impl", ["cce", "cce_exact", "cce_threshold"])
+def test_transforms_that_would_lose_the_gradient_are_refused(impl):
+    p = peaked(20, 16, 300)
+
+    def loss(e, impl=impl):
+        return linear_cross_entropy(e, p.c, p.targets, impl=impl)
+
+    tangent = torch.ones_like(p.e)
+    with pytest.raises(NotImplementedError, match="forward-mode AD .* served by impl='reference' only"):
+        torch.func.jvp(loss, (p.e,), (tangent,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode AD"):
+        linear_cross_entropy(p.e, forward_ad.make_dual(p.c, torch.ones_like(p.c)), p.targets, impl=impl)
+    two = torch.stack([p.e, 2 * p.e])
+    for transformed, e in ((torch.func.grad(loss), p.e), (torch.func.vmap(torch.func.grad(loss)), two)):
+        with pytest.raises(NotImplementedError, match="torch.func.grad .* served by impl='reference' only"):
+            transformed(e)
+    losses = torch.func.vmap(loss)(two)
+    torch.testing.assert_close(losses, torch.stack([loss(p.e), loss(2 * p.e)]))
+
+    def reference(e):
+        return loss(e, "reference")
+
+    exact = torch.func.grad(reference)(p.e)
+    value, derivative = torch.func.jvp(reference, (p.e,), (tangent,))
+    torch.testing.assert_close((value, derivative), (loss(p.e), (exact * tangent).sum()))
