@@ -24,6 +24,7 @@ from .options import (
     check_shift,
     check_softcap,
     check_target_range,
+    check_tensors,
     check_transforms,
     may_look_at,
     resolve_method,
@@ -129,6 +130,7 @@ def linear_cross_entropy(
         filter_e_grad, filter_c_grad: False computes that side's gradient (e's; c's and bias's) exactly.
         impl: "cce" (sampled gradient, unbiased), "cce_exact", "cce_threshold" (the paper's filter; biased),
             "cce_kahan", "cce_kahan_full_c", "cce_kahan_full_e" (as "cce"; full_c: c's gradient exact; full_e: e's),
+            "cce_kahan_full", "cce_kahan_full_c_full_e" (as "cce_exact"),
             "torch_compile" and "reference" (dense torch, which holds the logits; filter options have no effect).
         vocab_parallel_options: c and bias are this rank's rows of a classifier that is cut over a process group
             (docs/distributed.md); targets are numbered over all of it. None: they are whole, or DTensors that say it.
@@ -256,6 +258,9 @@ def _loss_and_lse(
     e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
     ignore_index, softcap, impl = options.ignore_index, options.softcap, options.impl
+    check_tensors(e, c, targets, bias)
+    if not hasattr(ignore_index, "__index__"):
+        raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
     # localize's from_local makes DTensors of what each rank has of the results.
     shard, from_local, seed_salt = None, None, 0
     if options.vocab_parallel_options is not None:

@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from support.problems import Problem, peaked
+from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cce_ext import IMPLS, LinearCrossEntropy, compute_z_loss, linear_cross_entropy
+from cce_ext import IMPLS, LinearCrossEntropy, LinearCrossEntropyImpl, compute_z_loss, linear_cross_entropy
 from cce_ext.options import Options
 
 CCE = ["cce", "cce_exact", "cce_threshold"]
@@ -276,11 +277,20 @@ E, C, T, B = torch.randn(4, 8), torch.randn(20, 8), torch.tensor([0, 1, 2, 3]), 
         ((E.sum(), C, T), {}, ValueError, r"e: expected \[\.\., D\]"),
         ((E.double(), C, T), {}, TypeError, "c: expected torch.float64 like e, got torch.float32"),
         ((E, C, T, B.half()), {}, TypeError, "bias: expected torch.float32 like e, got torch.float16"),
-        ((E.long(), C, T), {}, TypeError, "e: expected a floating point tensor, got torch.int64"),
+        ((E.long(), C, T), {}, TypeError, "e: expected a tensor of bf16, fp16, fp32 or fp64, got torch.int64"),
+        ((E.to(torch.float8_e4m3fn), C, T), {}, TypeError, "e: expected a tensor of bf16, .*, got torch.float8_e4m3fn"),
+        ((3, C, T), {}, TypeError, "e: expected a tensor, got int"),
+        ((E, nn.Linear(8, 20), T), {}, TypeError, "c: expected a tensor, got Linear; give its weight"),
+        ((E, C, [0, 1, 2, 3]), {}, TypeError, "targets: expected a tensor, got list"),
+        ((E, C, T, [0.0] * 20), {}, TypeError, "bias: expected a tensor, got list"),
+        ((E[:, :0], C[:, :0], T), {}, ValueError, r"e: expected \[\.\., D\] with D >= 1, got \[4, 0\]"),
         ((E, C, T.float()), {}, TypeError, "targets: expected int64 or int32, got torch.float32"),
         ((E, C.to("meta"), T), {}, ValueError, "c: expected cpu like e, got meta"),
         ((E, C, T), {"reduction": "max"}, ValueError, "reduction: .* got 'max'"),
         ((E, C, T), {"softcap": 0.0}, ValueError, "softcap: .* got 0.0"),
+        ((E, C, T), {"softcap": "30"}, TypeError, "softcap: .* got '30'"),
+        ((E, C, T), {"ignore_index": "x"}, TypeError, "ignore_index: expected an integer, got 'x'"),
+        ((E, C, T), {"shift": "a"}, TypeError, "shift: expected an integer or a bool, got 'a'"),
         ((E, C, T), {"shift": 4}, ValueError, "shift: expected 0 <= shift < 4, .* got 4"),
         ((E, C, T), {"shift": -1}, ValueError, "shift: .* got -1"),
     ],
@@ -294,7 +304,7 @@ def test_mistakes_name_the_argument(impl, args, options, exception, message):
     "options, message",
     [
         ({"impl": "fast"}, "impl: expected one of cce, .*, got 'fast'"),
-        ({"filter_eps": "high"}, "filter_eps: .* got 'high'"),
+        ({"filter_eps": "low"}, "filter_eps: .* got 'low'"),
         ({"filter_eps": 0.0}, r"filter_eps: the sampling eps must be in \(0, 0.5\], got 0.0"),
         ({"filter_eps": 0.7}, "filter_eps: .* got 0.7"),
         ({"filter_eps": float("nan")}, "filter_eps: .* got nan"),
@@ -306,6 +316,36 @@ def test_bad_methods(options, message):
         linear_cross_entropy(E, C, T, **options)
     with pytest.raises(ValueError, match=message):
         LinearCrossEntropy(**options)
+
+
+def test_filter_eps_that_is_no_number():
+    with pytest.raises(TypeError, match=r"filter_eps: expected a number, 'auto' or None, got \[1\]"):
+        linear_cross_entropy(E, C, T, filter_eps=[1])
+
+
+def test_apples_names():
+    """All that its two releases know: as members too, and filter_eps="high", which is "auto"."""
+    e, c = E.clone().requires_grad_(), C.clone().requires_grad_()
+
+    def gradient(**options):
+        torch.manual_seed(1)
+        return torch.autograd.grad(linear_cross_entropy(e, c, T, **options), (e, c))
+
+    exact, sampled = gradient(impl="cce_exact"), gradient()
+    for impl, expected in (
+        ("cce_kahan_full", exact),
+        ("cce_kahan_full_c_full_e", exact),
+        (LinearCrossEntropyImpl.CCE_EXACT, exact),
+        (LinearCrossEntropyImpl["CCE_KAHAN_FULL_C_FULL_E"], exact),
+        (LinearCrossEntropyImpl.CCE, sampled),
+    ):
+        assert all(torch.equal(x, y) for x, y in zip(gradient(impl=impl), expected, strict=True)), impl
+    assert all(torch.equal(x, y) for x, y in zip(gradient(filter_eps="high"), sampled, strict=True))
+    for member in LinearCrossEntropyImpl:
+        LinearCrossEntropy(impl=member)
+        assert member.value == member.name.lower()
+    dense = linear_cross_entropy(e, c, T, impl=LinearCrossEntropyImpl.TORCH_COMPILE)
+    torch.testing.assert_close(dense, linear_cross_entropy(e, c, T))
 
 
 def test_mixed_dtypes_need_autocast():
