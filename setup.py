@@ -20,6 +20,7 @@ from cce_build import (  # noqa: E402
     find_torch,
     find_wheels_nvcc,
     gpu_architectures,
+    must_configure_afresh,
     why_without_kernels,
 )
 
@@ -89,6 +90,8 @@ class CMakeBuild(build_ext):
         arguments.append(f"-DCCE_CUDA_ARCHS={architectures}" if architectures else "-UCCE_CUDA_ARCHS")
         nvcc = find_wheels_nvcc(wheels) if wheels else None
         arguments.append(f"-DCMAKE_CUDA_COMPILER={nvcc}" if nvcc else "-UCMAKE_CUDA_COMPILER")
+        if must_configure_afresh(build, nvcc):
+            arguments.append("--fresh")
         run_cmake("configure", *arguments)
         run_cmake("build", "--build", str(build), "--parallel", str(jobs))
         if why := why_without_kernels(torch, build):
