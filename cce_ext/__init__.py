@@ -2,7 +2,7 @@
 
 from .api import LinearCrossEntropy, compute_z_loss, linear_cross_entropy
 from .ops import HAS_CUDA
-from .options import IMPLS
+from .options import IMPLS, LinearCrossEntropyImpl
 from .vocab_parallel import VocabParallelOptions
 
 __version__ = "0.2.0"
@@ -11,6 +11,7 @@ __all__ = [
     "HAS_CUDA",
     "IMPLS",
     "LinearCrossEntropy",
+    "LinearCrossEntropyImpl",
     "VocabParallelOptions",
     "__version__",
     "compute_z_loss",

@@ -24,6 +24,8 @@ from .options import (
     check_shift,
     check_softcap,
     check_target_range,
+    check_tensors,
+    check_transforms,
     may_look_at,
     resolve_method,
 )
@@ -128,12 +130,13 @@ def linear_cross_entropy(
         filter_e_grad, filter_c_grad: False computes that side's gradient (e's; c's and bias's) exactly.
         impl: "cce" (sampled gradient, unbiased), "cce_exact", "cce_threshold" (the paper's filter; biased),
             "cce_kahan", "cce_kahan_full_c", "cce_kahan_full_e" (as "cce"; full_c: c's gradient exact; full_e: e's),
+            "cce_kahan_full", "cce_kahan_full_c_full_e" (as "cce_exact"),
             "torch_compile" and "reference" (dense torch, which holds the logits; filter options have no effect).
         vocab_parallel_options: c and bias are this rank's rows of a classifier that is cut over a process group
             (docs/distributed.md); targets are numbered over all of it. None: they are whole, or DTensors that say it.
         mean_group: the process group whose ranks have other tokens (data, context parallel). "mean" then divides by the
             tokens that count on a rank of it in the mean, so that the mean of the ranks' losses and gradients, which
-            DDP and FSDP take, is that over all tokens.
+            DDP and FSDP take, is that over all tokens. Ranks that are seeded alike draw independently. For "mean" only.
 
     e, c, bias and targets may be DTensors of one mesh (docs/distributed.md says which placements): the loss and lse are
     those of the whole tensors, and DTensors as well.
@@ -146,6 +149,7 @@ def linear_cross_entropy(
         TypeError: a dtype that is not supported or differs from e's. ValueError: shapes, devices or options.
         IndexError: on the CPU, a target out of range (on CUDA its loss is NaN, and CCE_DEBUG=1 raises).
         RuntimeError: a CUDA tensor in a build without CUDA kernels.
+        NotImplementedError: forward-mode AD and torch.func.grad, but for "reference"; a second derivative.
 
     Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (2024); sampling: docs/design.md.
     """
@@ -217,35 +221,46 @@ def compute_z_loss(
     shift: bool | int = 0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    mean_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """The z-loss lse^2, which keeps the softmax's normaliser near 1 (PaLM, Chowdhery et al., 2022, section 5).
 
     Args:
-        lse: [.., T - shift], as linear_cross_entropy returns it with the same shift.
-        targets: [.., T] or None. Tokens whose (shifted) target is ignore_index count for nothing.
-        shift, ignore_index, reduction: as given to linear_cross_entropy.
+        lse: [.., T - shift], as linear_cross_entropy returns it with the same shift. May be a DTensor.
+        targets: [.., T] or None. Tokens whose (shifted) target is ignore_index count for nothing. Plain targets beside
+            a DTensor lse are the whole ones, the same on all ranks.
+        shift, ignore_index, reduction, mean_group: as given to linear_cross_entropy.
 
     Returns: a scalar, or lse's shape for "none", in lse's dtype. Raises ValueError for shapes or options.
     """
-    check_reduction(reduction)
+    check_reduction(reduction, mean_group)
     z_loss = lse.square()
     if targets is None:
-        return z_loss.mean() if reduction == "mean" else z_loss.sum() if reduction == "sum" else z_loss
-    shift = check_shift(shift, targets)
-    if shift:
-        targets = targets[..., shift:]
-    if targets.shape != lse.shape:
-        raise ValueError(
-            f"targets: after shift={shift} expected lse's shape {list(lse.shape)}, got {list(targets.shape)}"
-        )
-    counts = targets != ignore_index
-    return _reduce(z_loss.masked_fill(~counts, 0.0), counts, reduction)
+        counts = torch.ones_like(lse, dtype=torch.bool)
+    else:
+        shift = check_shift(shift, targets)
+        if shift:
+            targets = targets[..., shift:]
+        if targets.shape != lse.shape:
+            raise ValueError(
+                f"targets: after shift={shift} expected lse's shape {list(lse.shape)}, got {list(targets.shape)}"
+            )
+        counts = targets != ignore_index
+        if _is_dtensor(lse) and not _is_dtensor(counts):
+            from .distributed import like
+
+            counts = like(lse, counts)
+        z_loss = z_loss.masked_fill(~counts, 0.0)
+    return _reduce(z_loss, counts, reduction, mean_group)
 
 
 def _loss_and_lse(
     e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
     ignore_index, softcap, impl = options.ignore_index, options.softcap, options.impl
+    check_tensors(e, c, targets, bias)
+    if not hasattr(ignore_index, "__index__"):
+        raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
     # localize's from_local makes DTensors of what each rank has of the results.
     shard, from_local, seed_salt = None, None, 0
     if options.vocab_parallel_options is not None:
@@ -260,10 +275,10 @@ def _loss_and_lse(
 
     e, c, bias = autocast_inputs(e, c, bias)
     check_inputs(e, c, targets, bias)
-    check_reduction(options.reduction)
+    check_reduction(options.reduction, options.mean_group)
     check_softcap(softcap)
     if shard is not None:
-        vocab_parallel.check_rows(shard, c)
+        vocab_parallel.check_rows(shard, c, targets)
     shift = check_shift(options.shift, targets)
     if shift:
         # e is not cut: the last positions have no label left, which is what ignore_index says.
@@ -281,13 +296,18 @@ def _loss_and_lse(
             dense = functools.partial(vocab_parallel.dense_forward, shard, dense)
         nll, lse = dense(rows, c, bias, labels, ignore_index, softcap)
     else:
+        check_transforms(e, c, bias)
         method = resolve_method(options, e.dtype)
-        trains = torch.is_grad_enabled() and (
-            e.requires_grad or c.requires_grad or (bias is not None and bias.requires_grad)
-        )
+        may_train = e.requires_grad or c.requires_grad or (bias is not None and bias.requires_grad)
+        trains = may_train and torch.is_grad_enabled()
         seed = None
-        if trains and method.draws:
-            # Ranks that are seeded alike, as tensor-parallel ones are, must not draw the same visits of their shards.
+        if may_train and method.draws and not torch.is_inference_mode_enabled():
+            # Without a gradient too: reentrant checkpointing runs the forward so first, then again from the generator's
+            # state of before. It is this draw that leaves the next step another state.
+            # Ranks that are seeded alike, as tensor-parallel ones are, must not draw the same visits of their shards,
+            # nor those of a mean_group the same of their tokens.
+            if options.mean_group is not None:
+                seed_salt ^= dist.get_rank(options.mean_group) << 32
             seed = torch.randint(_SEEDS, (1,), device=e.device) ^ seed_salt
         forward: Callable[..., Any] = ops.lce_forward
         if shard is not None:

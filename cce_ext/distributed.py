@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from .vocab_parallel import VocabParallelOptions, VocabShard
+from .vocab_parallel import VocabParallelOptions, VocabShard, even_rows
 
 __all__ = ["LossParallel", "VocabParallelOptions"]
 
@@ -155,6 +155,14 @@ def replicated(x: Tensor) -> Tensor:
     return x.redistribute(placements=[Replicate()] * x.device_mesh.ndim)
 
 
+def like(reference: Tensor, x: Tensor) -> Tensor:
+    """A plain x, whole and the same on all ranks, as a DTensor placed as reference is."""
+    assert isinstance(reference, DTensor)
+    mesh = reference.device_mesh
+    whole = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return whole.redistribute(placements=reference.placements)
+
+
 def _is_shard(placement: Placement, dims: Iterable[int]) -> bool:
     """Whether it is Shard over one of the dims: not a subclass, such as FSDP's of early releases, with other rows."""
     return type(placement) is Shard and placement.dim in dims
@@ -162,14 +170,11 @@ def _is_shard(placement: Placement, dims: Iterable[int]) -> bool:
 
 def _vocab_shard(c: DTensor, mesh: DeviceMesh, vocab: int) -> VocabShard:
     """This rank's rows of c, cut as Shard(0) cuts: in chunks of one size, the last ones smaller."""
-    v, ranks, rank = len(c), mesh.size(vocab), mesh.get_local_rank(vocab)
-    rows = -(-v // ranks)
-    if rows * (ranks - 1) >= v:
-        raise ValueError(f"c: Shard(0) of its {v} rows over {ranks} ranks leaves the last ranks none; use fewer ranks")
-    start = rank * rows
+    ranks, rank = mesh.size(vocab), mesh.get_local_rank(vocab)
+    start, stop = even_rows(len(c), rank, ranks, "c")
     return VocabShard(
         start,
-        min(start + rows, v),
+        stop,
         mesh.get_group(vocab).group_name,
         rank,
         ranks,

@@ -216,8 +216,17 @@ def _lce_forward_autocast(
         return ops.lce_forward(e, c, bias, targets, seed, **options)
 
 
+def _lce_backward_autocast(
+    g_nll: Tensor | None, g_lse: Tensor | None, e: Tensor, *inputs: Tensor | None, **options: Any
+) -> Any:
+    """Everything has the forward's dtype. A backward inside the caller's autocast must not have its own steps cast."""
+    with torch.autocast(e.device.type, enabled=False):
+        return ops.lce_backward(g_nll, g_lse, e, *inputs, **options)
+
+
 for _key in ("AutocastCPU", "AutocastCUDA", "AutocastXPU", "AutocastMPS"):
     _library.impl("lce_forward", _lce_forward_autocast, _key)
+    _library.impl("lce_backward", _lce_backward_autocast, _key)
 
 _library.impl("label_logits", _label_logits, "CompositeExplicitAutograd")
 _library.impl("lce_forward", _lce_forward, "CompositeExplicitAutograd")

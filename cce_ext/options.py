@@ -5,6 +5,7 @@ Every error names the argument and what it was.
 
 from __future__ import annotations
 
+import enum
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
@@ -12,13 +13,16 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.autograd.forward_ad import unpack_dual
 
 if TYPE_CHECKING:
     from .vocab_parallel import VocabParallelOptions
 
-FilterEps = float | Literal["auto"] | None
+FilterEps = float | Literal["auto", "high"] | None
 
 DEFAULT_SAMPLING_EPS = 2.0**-9
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -33,6 +37,22 @@ _METHODS = {
 }
 DENSE = ("torch_compile", "reference")
 IMPLS = (*_METHODS, *DENSE)
+# Apple's other names of its exact gradient.
+_SYNONYMS = {"cce_kahan_full": "cce_exact", "cce_kahan_full_c_full_e": "cce_exact"}
+
+
+class LinearCrossEntropyImpl(str, enum.Enum):
+    """impl as members, by which code written for Apple's package may name it: each is the string itself."""
+
+    CCE = "cce"
+    TORCH_COMPILE = "torch_compile"
+    CCE_KAHAN = "cce_kahan"
+    CCE_KAHAN_FULL_C = "cce_kahan_full_c"
+    CCE_KAHAN_FULL_E = "cce_kahan_full_e"
+    CCE_EXACT = "cce_exact"
+    CCE_KAHAN_FULL_C_FULL_E = "cce_kahan_full_c_full_e"
+    CCE_KAHAN_FULL = "cce_kahan_full"
+
 
 _EMPTY = "; if DeepSpeed ZeRO-3 has sharded c, compute the loss in the forward of the module that owns it"
 
@@ -60,7 +80,7 @@ class Options:
 
     def check(self) -> None:
         """Raises ValueError for options that no call could take."""
-        check_reduction(self.reduction)
+        check_reduction(self.reduction, self.mean_group)
         check_softcap(self.softcap)
         if self.impl not in DENSE:
             resolve_method(self, torch.float32)
@@ -133,17 +153,20 @@ def resolve_method(options: Options, dtype: torch.dtype) -> Method:
     filter_eps None, or no side to filter, is exact. Raises ValueError for an unknown impl or an eps out of the method's
     range.
     """
-    if options.impl not in _METHODS:
-        raise ValueError(f"impl: expected one of {', '.join(IMPLS)}, got {options.impl!r}")
-    name, filter_e, filter_c = _METHODS[options.impl]
+    impl = _SYNONYMS.get(options.impl, options.impl)
+    if impl not in _METHODS:
+        raise ValueError(f"impl: expected one of {', '.join((*IMPLS, *_SYNONYMS))}, got {options.impl!r}")
+    name, filter_e, filter_c = _METHODS[impl]
     filter_e, filter_c = filter_e and options.filter_e_grad, filter_c and options.filter_c_grad
     filter_eps = options.filter_eps
     if isinstance(filter_eps, str):
-        if filter_eps != "auto":
+        if filter_eps not in ("auto", "high"):  # the latter is an older Apple's, and means the same there
             raise ValueError(f"filter_eps: expected a number, 'auto' or None, got {filter_eps!r}")
         eps = DEFAULT_SAMPLING_EPS if name == "sampled" else torch.finfo(dtype).eps / 32
     elif filter_eps is None:
         eps, name = 0.0, "exact"
+    elif not hasattr(filter_eps, "__float__"):
+        raise TypeError(f"filter_eps: expected a number, 'auto' or None, got {filter_eps!r}")
     else:
         eps = float(filter_eps)
         check_eps(name, eps, "filter_eps")
@@ -162,16 +185,49 @@ def check_eps(method: str, eps: float, argument: str) -> None:
         raise ValueError(f"{argument}: the threshold must be in (0, 1), got {eps!r}")
 
 
-def check_reduction(reduction: str) -> None:
-    """Raises ValueError for one that is not in REDUCTIONS."""
+def check_reduction(reduction: str, mean_group: dist.ProcessGroup | None = None) -> None:
+    """Raises ValueError for one that is not in REDUCTIONS, or to which a mean_group means nothing."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if mean_group is not None and reduction != "mean":
+        raise ValueError(f"mean_group: expected None with reduction={reduction!r}, which divides by nothing")
+
+
+def check_transforms(e: Tensor, c: Tensor, bias: Tensor | None) -> None:
+    """Raises NotImplementedError under transforms that the operators' written-out gradient cannot serve.
+
+    Forward-mode AD would get a tangent of 0, without a word, from an operator that has no rule for it.
+    """
+    if torch.compiler.is_compiling():
+        return
+    keys = {interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack() or ()}
+    transforms = torch._C._functorch.TransformType
+    if transforms.Jvp in keys or any(x is not None and unpack_dual(x).tangent is not None for x in (e, c, bias)):
+        what = "forward-mode AD (torch.func.jvp, torch.autograd.forward_ad) is"
+    elif transforms.Grad in keys:
+        what = "torch.func.grad and what is built on it are"
+    else:
+        return
+    raise NotImplementedError(
+        f"linear_cross_entropy: {what} served by impl='reference' only; the others have their gradient by "
+        "loss.backward() and torch.autograd.grad"
+    )
 
 
 def check_softcap(softcap: float | None) -> None:
-    """Raises ValueError for one that is not positive. None is no softcap."""
+    """Raises TypeError or ValueError for one that is no positive number. None is no softcap."""
+    if softcap is not None and not hasattr(softcap, "__float__"):
+        raise TypeError(f"softcap: expected a positive number or None, got {softcap!r}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: expected a positive number or None, got {softcap!r}")
+
+
+def check_tensors(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+    """Raises TypeError for an argument that is no tensor: what all else is asked of them as."""
+    for name, x in (("e", e), ("c", c), ("targets", targets), ("bias", bias)):
+        if not isinstance(x, Tensor) and not (name == "bias" and x is None):
+            hint = "; give its weight (and bias)" if isinstance(x, torch.nn.Module) else ""
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}{hint}")
 
 
 def check_inputs(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None) -> None:
@@ -180,8 +236,8 @@ def check_inputs(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None) -> 
     Raises TypeError for a dtype, ValueError for a shape or a device.
     """
     for name, x in (("e", e), ("c", c), ("bias", bias)):
-        if x is not None and not x.is_floating_point():
-            raise TypeError(f"{name}: expected a floating point tensor, got {x.dtype}")
+        if x is not None and x.dtype not in _DTYPES:
+            raise TypeError(f"{name}: expected a tensor of bf16, fp16, fp32 or fp64, got {x.dtype}")
     if targets.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"targets: expected int64 or int32, got {targets.dtype}")
     for name, x in (("c", c), ("bias", bias)):
@@ -190,6 +246,8 @@ def check_inputs(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None) -> 
 
     if e.dim() < 1:
         raise ValueError("e: expected [.., D], got a tensor without dimensions")
+    if e.shape[-1] == 0:
+        raise ValueError(f"e: expected [.., D] with D >= 1, got {_shape(e)}")
     if c.dim() != 2 or c.shape[1] != e.shape[-1]:
         raise ValueError(
             f"c: expected [V, {e.shape[-1]}] for e of shape {_shape(e)}, got {_shape(c)}"
@@ -209,6 +267,8 @@ def check_inputs(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None) -> 
 
 def check_shift(shift: int, targets: Tensor) -> int:
     """shift as an int in [0, T), T being the targets' last dimension. Raises ValueError for one outside of it."""
+    if not hasattr(shift, "__index__"):
+        raise TypeError(f"shift: expected an integer or a bool, got {shift!r}")
     shift = int(shift)
     length = targets.shape[-1] if targets.dim() else 0
     if shift != 0 and not 0 <= shift < length:

@@ -54,16 +54,22 @@ class VocabParallelOptions:
     def from_vocab(
         cls, vocab_size: int, group: dist.ProcessGroup | None = None, reduce_e_grad: bool = True
     ) -> VocabParallelOptions:
-        """This rank's rows when the vocabulary is cut evenly: rank r of R has torch.tensor_split(c, R)[r].
+        """This rank's rows where the vocabulary is cut as DTensor's Shard(0) does: torch.chunk(c, R)[r] on rank r of R.
 
-        Raises ValueError, on all ranks, where there are fewer rows than ranks.
+        Raises ValueError, on all ranks, where that leaves the last ranks none.
         """
-        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        if vocab_size < ranks:
-            raise ValueError(f"vocab_size: expected a row for each of the group's {ranks} ranks, got {vocab_size}")
-        rows, more = divmod(vocab_size, ranks)
-        start = rank * rows + min(rank, more)
-        return cls(start, start + rows + (rank < more), group, reduce_e_grad)
+        start, stop = even_rows(vocab_size, dist.get_rank(group), dist.get_world_size(group), "vocab_size")
+        return cls(start, stop, group, reduce_e_grad)
+
+
+def even_rows(v: int, rank: int, ranks: int, argument: str) -> tuple[int, int]:
+    """The rows [start, stop) of v that a rank has: chunks of one size, the last one smaller. Raises ValueError."""
+    rows = -(-v // ranks)
+    if rows * (ranks - 1) >= v:
+        raise ValueError(
+            f"{argument}: {v} rows in chunks of {rows} leave the last of {ranks} ranks none; use fewer ranks"
+        )
+    return rank * rows, min((rank + 1) * rows, v)
 
 
 class VocabShard(NamedTuple):
@@ -94,13 +100,20 @@ def shard_of(options: VocabParallelOptions) -> VocabShard:
     )
 
 
-def check_rows(shard: VocabShard, c: Tensor) -> None:
-    """Raises ValueError where c does not have as many rows as the shard."""
-    if len(c) != shard.stop - shard.start:
-        raise ValueError(
-            f"c: expected {shard.stop - shard.start} rows, this rank's [{shard.start}, {shard.stop}) of "
-            f"vocab_parallel_options, got {list(c.shape)}"
-        )
+def check_rows(shard: VocabShard, c: Tensor, targets: Tensor) -> None:
+    """Raises ValueError where c does not have as many rows as the shard.
+
+    The other ranks wait in the collective of this call: they are told there, and do not wait for ever.
+    """
+    if len(c) == shard.stop - shard.start:
+        return
+    if not torch.compiler.is_compiling():
+        refusal = torch.tensor([-float("inf"), float("inf")], dtype=torch.promote_types(c.dtype, torch.float32))
+        all_gather(refusal.to(c.device)[:, None].repeat(1, targets.numel()), shard.ranks, shard.group)
+    raise ValueError(
+        f"c: expected {shard.stop - shard.start} rows, this rank's [{shard.start}, {shard.stop}) of "
+        f"vocab_parallel_options, got {list(c.shape)}"
+    )
 
 
 def lce_forward(
@@ -169,13 +182,18 @@ def _combine(
         here = torch.arange(shard.ranks, device=own.device) == shard.rank
         pairs = torch.where(here[:, None, None], own, pairs)
     lses, logits = pairs.unbind(1)
+    # check_rows: no softmax has a label's logit of inf and a lse of -inf.
+    refused = (lses == -inf) & (logits == inf)
+    if not torch.compiler.is_compiling() and may_look_at(targets) and bool(refused.any()):
+        ranks = refused.any(1).nonzero().flatten().tolist()
+        raise ValueError(f"c: on ranks {ranks} of the group it has not the rows that their vocab_parallel_options say")
 
     ignored = labels == _IGNORED
     nowhere = logits.isnan().all(0) & ~ignored
     if not torch.compiler.is_compiling() and may_look_at(targets) and bool(nowhere.any()):
         at = int(nowhere.int().argmax())
         raise IndexError(f"targets: {int(targets[at])} at flat position {at}: in no rank's rows, nor ignore_index")
-    lse = lses.logsumexp(0).masked_fill(ignored, 0.0)
+    lse = lses.logsumexp(0).masked_fill(refused.any(0), nan).masked_fill(ignored, 0.0)
     nll = (lse - logits.nansum(0)).masked_fill(nowhere, nan).masked_fill(ignored, 0.0)
     return nll, lse
 

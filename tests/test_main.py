@@ -25,6 +25,8 @@ def test_report(capsys):
     for impl in cce_ext.IMPLS:
         assert impl in out or impl == "torch_compile"
     assert "dense torch" in out and "MB over the inputs" in out
+    assert "One draw of a sampled gradient scatters" in out
+    assert out.splitlines()[-1] == "All is well."
 
 
 def test_a_wrong_gradient_fails_the_check(monkeypatch, capsys):
@@ -33,7 +35,8 @@ def test_a_wrong_gradient_fails_the_check(monkeypatch, capsys):
 
     monkeypatch.setattr(tool, "linear_cross_entropy", wrong)
     assert tool.main() == 1
-    assert "WRONG" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "WRONG" in out and out.splitlines()[-1].startswith("NOT WELL")
 
 
 def test_cuda_where_there_is_none(monkeypatch, capsys):

@@ -8,9 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from support.problems import Problem, peaked
+from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from cce_ext import IMPLS, LinearCrossEntropy, compute_z_loss, linear_cross_entropy
+from cce_ext import IMPLS, LinearCrossEntropy, LinearCrossEntropyImpl, compute_z_loss, linear_cross_entropy
 from cce_ext.options import Options
 
 CCE = ["cce", "cce_exact", "cce_threshold"]
@@ -274,11 +277,20 @@ E, C, T, B = torch.randn(4, 8), torch.randn(20, 8), torch.tensor([0, 1, 2, 3]), 
         ((E.sum(), C, T), {}, ValueError, r"e: expected \[\.\., D\]"),
         ((E.double(), C, T), {}, TypeError, "c: expected torch.float64 like e, got torch.float32"),
         ((E, C, T, B.half()), {}, TypeError, "bias: expected torch.float32 like e, got torch.float16"),
-        ((E.long(), C, T), {}, TypeError, "e: expected a floating point tensor, got torch.int64"),
+        ((E.long(), C, T), {}, TypeError, "e: expected a tensor of bf16, fp16, fp32 or fp64, got torch.int64"),
+        ((E.to(torch.float8_e4m3fn), C, T), {}, TypeError, "e: expected a tensor of bf16, .*, got torch.float8_e4m3fn"),
+        ((3, C, T), {}, TypeError, "e: expected a tensor, got int"),
+        ((E, nn.Linear(8, 20), T), {}, TypeError, "c: expected a tensor, got Linear; give its weight"),
+        ((E, C, [0, 1, 2, 3]), {}, TypeError, "targets: expected a tensor, got list"),
+        ((E, C, T, [0.0] * 20), {}, TypeError, "bias: expected a tensor, got list"),
+        ((E[:, :0], C[:, :0], T), {}, ValueError, r"e: expected \[\.\., D\] with D >= 1, got \[4, 0\]"),
         ((E, C, T.float()), {}, TypeError, "targets: expected int64 or int32, got torch.float32"),
         ((E, C.to("meta"), T), {}, ValueError, "c: expected cpu like e, got meta"),
         ((E, C, T), {"reduction": "max"}, ValueError, "reduction: .* got 'max'"),
         ((E, C, T), {"softcap": 0.0}, ValueError, "softcap: .* got 0.0"),
+        ((E, C, T), {"softcap": "30"}, TypeError, "softcap: .* got '30'"),
+        ((E, C, T), {"ignore_index": "x"}, TypeError, "ignore_index: expected an integer, got 'x'"),
+        ((E, C, T), {"shift": "a"}, TypeError, "shift: expected an integer or a bool, got 'a'"),
         ((E, C, T), {"shift": 4}, ValueError, "shift: expected 0 <= shift < 4, .* got 4"),
         ((E, C, T), {"shift": -1}, ValueError, "shift: .* got -1"),
     ],
@@ -292,7 +304,7 @@ def test_mistakes_name_the_argument(impl, args, options, exception, message):
     "options, message",
     [
         ({"impl": "fast"}, "impl: expected one of cce, .*, got 'fast'"),
-        ({"filter_eps": "high"}, "filter_eps: .* got 'high'"),
+        ({"filter_eps": "low"}, "filter_eps: .* got 'low'"),
         ({"filter_eps": 0.0}, r"filter_eps: the sampling eps must be in \(0, 0.5\], got 0.0"),
         ({"filter_eps": 0.7}, "filter_eps: .* got 0.7"),
         ({"filter_eps": float("nan")}, "filter_eps: .* got nan"),
@@ -304,6 +316,36 @@ def test_bad_methods(options, message):
         linear_cross_entropy(E, C, T, **options)
     with pytest.raises(ValueError, match=message):
         LinearCrossEntropy(**options)
+
+
+def test_filter_eps_that_is_no_number():
+    with pytest.raises(TypeError, match=r"filter_eps: expected a number, 'auto' or None, got \[1\]"):
+        linear_cross_entropy(E, C, T, filter_eps=[1])
+
+
+def test_apples_names():
+    """All that its two releases know: as members too, and filter_eps="high", which is "auto"."""
+    e, c = E.clone().requires_grad_(), C.clone().requires_grad_()
+
+    def gradient(**options):
+        torch.manual_seed(1)
+        return torch.autograd.grad(linear_cross_entropy(e, c, T, **options), (e, c))
+
+    exact, sampled = gradient(impl="cce_exact"), gradient()
+    for impl, expected in (
+        ("cce_kahan_full", exact),
+        ("cce_kahan_full_c_full_e", exact),
+        (LinearCrossEntropyImpl.CCE_EXACT, exact),
+        (LinearCrossEntropyImpl["CCE_KAHAN_FULL_C_FULL_E"], exact),
+        (LinearCrossEntropyImpl.CCE, sampled),
+    ):
+        assert all(torch.equal(x, y) for x, y in zip(gradient(impl=impl), expected, strict=True)), impl
+    assert all(torch.equal(x, y) for x, y in zip(gradient(filter_eps="high"), sampled, strict=True))
+    for member in LinearCrossEntropyImpl:
+        LinearCrossEntropy(impl=member)
+        assert member.value == member.name.lower()
+    dense = linear_cross_entropy(e, c, T, impl=LinearCrossEntropyImpl.TORCH_COMPILE)
+    torch.testing.assert_close(dense, linear_cross_entropy(e, c, T))
 
 
 def test_mixed_dtypes_need_autocast():
@@ -358,3 +400,74 @@ def test_label_smoothing_from_loss_and_lse(device):
     torch.testing.assert_close(ours, theirs)
     for x, y in zip(torch.autograd.grad(ours, (p.e, p.c)), torch.autograd.grad(theirs, (p.e, p.c)), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+
+
+# ---- around the loss: autocast, checkpoints, transforms ----
+
+
+@pytest.mark.parametrize("impl", [impl for impl in IMPLS if impl not in ("torch_compile", "reference")])
+def test_backward_inside_autocast(impl):
+    """Where the backward is called changes nothing: its own sums stay in fp32."""
+    p = peaked(40, 16, 1000, dtype=torch.float32).leaves()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(p.e, p.c, p.targets, impl=impl)
+        inside = torch.autograd.grad(loss, (p.e, p.c), retain_graph=True)
+    outside = torch.autograd.grad(loss, (p.e, p.c))
+    assert all(torch.equal(x, y) for x, y in zip(inside, outside, strict=True))
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_checkpoints_draw_anew_each_step_and_the_same_twice(reentrant):
+    """Reentrant checkpointing runs the forward without a gradient first; it is that run that moves the generator on."""
+    p = peaked(200, 16, 4000)
+
+    def gradient(loss):
+        q = p.leaves()
+        loss(q.e, q.c).backward()
+        return q.c.grad
+
+    def loss(e, c):
+        return linear_cross_entropy(e, c, p.targets, filter_eps=2.0**-4)
+
+    torch.manual_seed(3)
+    plain = [gradient(loss) for _ in range(2)]
+    torch.manual_seed(3)
+    saved = [gradient(lambda e, c: checkpoint(loss, e, c, use_reentrant=reentrant)) for _ in range(2)]
+    assert not torch.equal(*plain)
+    assert all(torch.equal(x, y) for x, y in zip(plain, saved, strict=True))
+
+
+def test_inference_leaves_the_generator_alone():
+    p = peaked(20, 16, 1000).leaves()
+    before = torch.get_rng_state()
+    with torch.inference_mode():
+        linear_cross_entropy(p.e, p.c, p.targets)
+    linear_cross_entropy(p.e.detach(), p.c.detach(), p.targets)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("impl", ["cce", "cce_exact", "cce_threshold"])
+def test_transforms_that_would_lose_the_gradient_are_refused(impl):
+    p = peaked(20, 16, 300)
+
+    def loss(e, impl=impl):
+        return linear_cross_entropy(e, p.c, p.targets, impl=impl)
+
+    tangent = torch.ones_like(p.e)
+    with pytest.raises(NotImplementedError, match="forward-mode AD .* served by impl='reference' only"):
+        torch.func.jvp(loss, (p.e,), (tangent,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode AD"):
+        linear_cross_entropy(p.e, forward_ad.make_dual(p.c, torch.ones_like(p.c)), p.targets, impl=impl)
+    two = torch.stack([p.e, 2 * p.e])
+    for transformed, e in ((torch.func.grad(loss), p.e), (torch.func.vmap(torch.func.grad(loss)), two)):
+        with pytest.raises(NotImplementedError, match="torch.func.grad .* served by impl='reference' only"):
+            transformed(e)
+    losses = torch.func.vmap(loss)(two)
+    torch.testing.assert_close(losses, torch.stack([loss(p.e), loss(2 * p.e)]))
+
+    def reference(e):
+        return loss(e, "reference")
+
+    exact = torch.func.grad(reference)(p.e)
+    value, derivative = torch.func.jvp(reference, (p.e,), (tangent,))
+    torch.testing.assert_close((value, derivative), (loss(p.e), (exact * tangent).sum()))

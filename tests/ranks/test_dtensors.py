@@ -98,6 +98,9 @@ def test_z_loss_of_dtensors(mesh_2d):
         for x in (q, p)
     ]
     torch.testing.assert_close(values[0].to_local(), values[1])
+    lse = linear_cross_entropy(q.e, q.c, q.targets, shift=1, return_lse=True)[1]
+    plain = compute_z_loss(lse, p.targets, shift=1)  # whole targets, the same on all ranks
+    torch.testing.assert_close(plain.to_local(), values[1])
 
 
 def test_uneven_dtensors(mesh, ranks):
@@ -179,5 +182,5 @@ def test_other_mistakes_of_dtensors(mesh, mesh_2d, ranks):
     with pytest.raises(ValueError, match=r"c: expected Shard\(0\) over one mesh dimension at most"):
         linear_cross_entropy(distribute_tensor(p.e, mesh_2d, [R, R]), both, other)
     few = distribute_tensor(p.c[: ranks - 1], mesh, [S(0)])
-    with pytest.raises(ValueError, match=f"c: Shard.0. of its {ranks - 1} rows over {ranks} ranks leaves"):
+    with pytest.raises(ValueError, match=f"c: {ranks - 1} rows in chunks of 1 leave the last of {ranks} ranks none"):
         linear_cross_entropy(distribute_tensor(p.e, mesh, [R]), few, q.targets)

@@ -22,8 +22,9 @@ from support.sharded import (
     shard_of,
 )
 from torch import distributed as dist
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from cce_ext import IMPLS, LinearCrossEntropy, linear_cross_entropy, vocab_parallel
+from cce_ext import IMPLS, LinearCrossEntropy, compute_z_loss, linear_cross_entropy, vocab_parallel
 from cce_ext.distributed import VocabParallelOptions
 
 
@@ -104,7 +105,7 @@ def test_masked_rows(impl, ranks):
     p = problem()
     options = VocabParallelOptions.from_vocab(VOCAB)
     bias = p.bias.clone()
-    bias[VOCAB - VOCAB // ranks + 1 :] = -float("inf")
+    bias[-(-VOCAB // ranks) * (ranks - 1) + 1 :] = -float("inf")
     p = replace(p, bias=bias, targets=torch.where(p.targets >= 0, p.targets % 50, p.targets))
     g = upstream(p)
     nll, lse, grads = run(p, options, g, impl=impl)
@@ -175,20 +176,81 @@ def test_a_target_that_no_rank_has_is_nan_where_nobody_looks(monkeypatch):
     assert grads[0].isnan().any(1).nonzero().tolist() == [[5]] and grads[1].isnan().all()
 
 
-def test_rows_are_those_of_tensor_split(ranks):
+def test_rows_are_those_of_a_dtensors_shards(ranks, mesh):
     for v in (ranks, 701, 1000):
         x = torch.arange(v)
-        assert torch.equal(rows_of(x, VocabParallelOptions.from_vocab(v)), x.tensor_split(ranks)[dist.get_rank()])
+        rows = rows_of(x, VocabParallelOptions.from_vocab(v))
+        assert torch.equal(rows, x.chunk(ranks)[dist.get_rank()])
+        assert torch.equal(rows, distribute_tensor(x, mesh, [Shard(0)]).to_local())
+
+
+def test_a_rank_with_other_rows_keeps_nobody_waiting(ranks, monkeypatch):
+    """All raise where targets are looked at; elsewhere the loss is NaN on those that have what they say."""
+    p = problem()
+    options = VocabParallelOptions.from_vocab(VOCAB)
+    last = dist.get_rank() == ranks - 1
+    c = rows_of(p.c, options)[: -1 if last else None]
+    for looks in (True, False):
+        monkeypatch.setattr(vocab_parallel, "may_look_at", lambda targets, looks=looks: looks)
+        for impl in ("cce", "reference"):
+            arguments = {"impl": impl, "vocab_parallel_options": options, "return_lse": True, "reduction": "none"}
+            if last or looks:
+                says = "expected .* rows, this rank's" if last else rf"on ranks \[{ranks - 1}\] of the group"
+                with pytest.raises(ValueError, match=f"c: {says}"):
+                    linear_cross_entropy(p.e, c, p.targets, **arguments)
+            else:
+                for x in linear_cross_entropy(p.e, c, p.targets, **arguments):
+                    assert x[p.targets != -100].isnan().all()
 
 
 def test_mistakes_of_options(ranks):
     p = problem()
-    with pytest.raises(ValueError, match=f"vocab_size: expected a row for each of the group's {ranks} ranks, got 1"):
+    with pytest.raises(ValueError, match=f"vocab_size: 1 rows in chunks of 1 leave the last of {ranks} ranks none"):
         VocabParallelOptions.from_vocab(1)
     with pytest.raises(ValueError, match="start, stop: .* got 3, 3"):
         VocabParallelOptions(3, 3)
     with pytest.raises(ValueError, match=r"c: expected 5 rows, this rank's \[0, 5\) .* got \[701, 16\]"):
         linear_cross_entropy(p.e, p.c, p.targets, vocab_parallel_options=VocabParallelOptions(0, 5))
+
+
+def test_a_mean_group_draws_for_each_of_its_ranks(ranks):
+    """Trainers seed the data-parallel ranks alike: with the same tokens they still visit different tiles."""
+    p = problem()
+    gradients = []
+    for options in ({}, {"mean_group": dist.group.WORLD}):
+        torch.manual_seed(5)
+        q = p.leaves()
+        linear_cross_entropy(q.e, q.c, q.targets, filter_eps=0.5, **options).backward()
+        mine, everyones = q.c.grad, [torch.empty_like(q.c) for _ in range(ranks)]
+        dist.all_gather(everyones, mine)
+        gradients.append(everyones)
+    assert all(torch.equal(x, gradients[0][0]) for x in gradients[0])
+    assert not any(torch.equal(x, y) for i, x in enumerate(gradients[1]) for y in gradients[1][:i])
+
+
+def test_a_mean_group_is_for_a_mean():
+    p = problem()
+    for reduction in ("sum", "none"):
+        with pytest.raises(ValueError, match=f"mean_group: expected None with reduction='{reduction}'"):
+            linear_cross_entropy(p.e, p.c, p.targets, reduction=reduction, mean_group=dist.group.WORLD)
+        with pytest.raises(ValueError, match=f"mean_group: expected None with reduction='{reduction}'"):
+            LinearCrossEntropy(reduction=reduction, mean_group=dist.group.WORLD)
+
+
+def test_z_loss_over_all_ranks_tokens(ranks):
+    """A rank without tokens has 0, as its loss has."""
+    p = problem()
+    targets = p.targets.view(ranks, -1).clone()
+    targets[0] = -100
+    targets[1, ::2] = -100
+    lse = torch.arange(float(targets.numel()), dtype=torch.float64).view_as(targets)
+    whole = compute_z_loss(lse, targets)
+    rank = dist.get_rank()
+    part = compute_z_loss(lse[rank], targets[rank], mean_group=dist.group.WORLD)
+    assert rank != 0 or part == 0
+    mean = part / ranks
+    dist.all_reduce(mean)
+    torch.testing.assert_close(mean, whole)
 
 
 def test_mean_over_all_ranks_tokens(ranks):
