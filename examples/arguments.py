@@ -12,15 +12,23 @@ def at_least(smallest: int) -> Callable[[str], int]:
     """An argparse type: whole numbers from `smallest` up."""
 
     def whole_number(text: str) -> int:
-        if int(text) < smallest:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+        if number < smallest:
             raise argparse.ArgumentTypeError(f"must be {smallest} or more, not {text}")
-        return int(text)
+        return number
 
     return whole_number
 
 
 def positive(text: str) -> float:
     """An argparse type: finite numbers above 0."""
-    if not 0 < float(text) < math.inf:
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+    if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"must be above 0 and finite, not {text}")
-    return float(text)
+    return number

@@ -72,6 +72,8 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         (("--impl", "magic"), "magic"),
         (("--vocab", "256"), "257"),
         (("--steps", "0"), "must be 1 or more"),
+        (("--steps", "abc"), "expected a whole number, got 'abc'"),
+        (("--lr", "fast"), "expected a number, got 'fast'"),
         (("--width", "20", "--heads", "4"), "--heads 4"),
     ):
         assert error_of(args, monkeypatch, tmp_path) == 2
