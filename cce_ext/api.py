@@ -26,6 +26,7 @@ from .options import (
     check_target_range,
     check_tensors,
     check_transforms,
+    is_a,
     may_look_at,
     resolve_method,
 )
@@ -259,7 +260,7 @@ def _loss_and_lse(
 ) -> tuple[Tensor, Tensor]:
     ignore_index, softcap, impl = options.ignore_index, options.softcap, options.impl
     check_tensors(e, c, targets, bias)
-    if not hasattr(ignore_index, "__index__"):
+    if not is_a(ignore_index, "__index__"):
         raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
     # localize's from_local makes DTensors of what each rank has of the results.
     shard, from_local, seed_salt = None, None, 0
@@ -301,7 +302,8 @@ def _loss_and_lse(
         may_train = e.requires_grad or c.requires_grad or (bias is not None and bias.requires_grad)
         trains = may_train and torch.is_grad_enabled()
         seed = None
-        if may_train and method.draws and not torch.is_inference_mode_enabled():
+        in_graph = torch.compiler.is_compiling()  # which cannot ask for the mode
+        if may_train and method.draws and (in_graph or not torch.is_inference_mode_enabled()):
             # Without a gradient too: reentrant checkpointing runs the forward so first, then again from the generator's
             # state of before. It is this draw that leaves the next step another state.
             # Ranks that are seeded alike, as tensor-parallel ones are, must not draw the same visits of their shards,

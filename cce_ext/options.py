@@ -165,7 +165,7 @@ def resolve_method(options: Options, dtype: torch.dtype) -> Method:
         eps = DEFAULT_SAMPLING_EPS if name == "sampled" else torch.finfo(dtype).eps / 32
     elif filter_eps is None:
         eps, name = 0.0, "exact"
-    elif not hasattr(filter_eps, "__float__"):
+    elif not is_a(filter_eps, "__float__"):
         raise TypeError(f"filter_eps: expected a number, 'auto' or None, got {filter_eps!r}")
     else:
         eps = float(filter_eps)
@@ -216,10 +216,15 @@ def check_transforms(e: Tensor, c: Tensor, bias: Tensor | None) -> None:
 
 def check_softcap(softcap: float | None) -> None:
     """Raises TypeError or ValueError for one that is no positive number. None is no softcap."""
-    if softcap is not None and not hasattr(softcap, "__float__"):
+    if softcap is not None and not is_a(softcap, "__float__"):
         raise TypeError(f"softcap: expected a positive number or None, got {softcap!r}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: expected a positive number or None, got {softcap!r}")
+
+
+def is_a(x: object, conversion: str) -> bool:
+    """Whether x is a number that has this conversion, of whatever library. Dynamo's symbolic numbers are not asked."""
+    return torch.compiler.is_compiling() or hasattr(x, conversion)
 
 
 def check_tensors(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None) -> None:
@@ -267,7 +272,7 @@ def check_inputs(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None) -> 
 
 def check_shift(shift: int, targets: Tensor) -> int:
     """shift as an int in [0, T), T being the targets' last dimension. Raises ValueError for one outside of it."""
-    if not hasattr(shift, "__index__"):
+    if not is_a(shift, "__index__"):
         raise TypeError(f"shift: expected an integer or a bool, got {shift!r}")
     shift = int(shift)
     length = targets.shape[-1] if targets.dim() else 0
