@@ -21,7 +21,12 @@ TINY = (
 
 def run(args: tuple[str, ...], folder: Path) -> subprocess.Popen[str]:
     command = [sys.executable, str(TRAIN), *args, "--out", str(folder / "out"), "--cache", str(folder / "cache")]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell has what it runs in the background ignore SIGINT, and its children with it: not so the one of this test.
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, heard)
 
 
 def error_of(args: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, folder: Path) -> str | int | None:
