@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly SUITE=bookworm PACKAGES="python3,python3-venv,g++,ca-certificates"
+readonly SUITE=bookworm PACKAGES="python3,python3-venv,python3-dev,g++,ca-certificates"
 if [ $# -lt 1 ] || [ -e "$1" ]; then
   printf 'usage: %s FOLDER [REQUIREMENT...]; FOLDER is new, but was: %s\n' "$0" "${1:-not given}" >&2
   exit 2
@@ -30,6 +30,7 @@ for folder in "${mounts[@]}"; do
   mount --bind "$folder" "$root$folder"
 done
 cp /etc/resolv.conf "$root/etc/resolv.conf"
+printf '127.0.0.1 localhost %s\n' "$(hostname)" >"$root/etc/hosts" # gloo asks for the address of the host's name
 cp /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/ca-certificates.crt"
 mkdir "$root/cce_ext"
 git archive HEAD | tar -x -C "$root/cce_ext"
