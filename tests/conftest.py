@@ -7,7 +7,6 @@ from support import host_module
 
 import cce_ext
 
-
 # The extra `test` brings Ninja. CMake asks for make unless it is told, and not every machine has one.
 if shutil.which("ninja"):
     os.environ.setdefault("CMAKE_GENERATOR", "Ninja")
