@@ -16,6 +16,7 @@ Written to --out: checkpoints, from the last of which --resume goes on, and at t
 """
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Iterable
@@ -247,6 +248,26 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+class TokenMeanTrainer(transformers.Trainer):
+    """The Trainer, but for its held-out loss: the mean over the tokens that count.
+
+    The Trainer's own is a mean of the batches' means, which moves with --batch where prompts have no loss.
+    """
+
+    @functools.cached_property
+    def tokens_a_row(self) -> float:
+        counted = [sum(label != -100 for label in row["labels"][1:]) for row in self.eval_dataset]
+        return sum(counted) / len(counted)
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
+        if loss is not None:
+            # The Trainer takes the mean over all rows of what each batch gives, here its sum over a mean row's tokens.
+            labels = inputs["labels"]
+            loss = loss * (labels[:, 1:] != -100).sum() / (len(labels) * self.tokens_a_row)
+        return loss, *rest
+
+
 def main() -> int:
     args = parse_args()
     arguments = training_arguments(args)  # joins the other processes, where there are any
@@ -258,7 +279,7 @@ def main() -> int:
         model.gradient_checkpointing_enable()
     if args.impl != "baseline":
         cce_patch(model, impl=args.impl)
-    trainer = transformers.Trainer(
+    trainer = TokenMeanTrainer(
         model,
         arguments,
         train_dataset=train_rows,

@@ -83,6 +83,20 @@ def test_instructions(train, tmp_path):
     assert held_out_loss(printed) < 5.0
 
 
+@pytest.mark.parametrize("impl", ["cce", "baseline"])
+def test_the_held_out_loss_is_that_of_the_tokens(train, tmp_path, impl):
+    """Whatever the batch: responses of very different lengths, and a model that is as it was."""
+    pairs = [("ab"[i % 2] * 3, "z" if i % 40 else "other words " * 3) for i in range(120)]
+    file = write_instructions(tmp_path / "pairs.jsonl", pairs)
+    losses = []
+    for batch in ("1", "3", "6"):
+        more = ("--impl", impl, "--lr", "1e-12", "--batch", batch, "--context", "64")
+        code, printed = train("--instructions", file, *more, out=f"out{batch}")
+        assert code == 0, printed
+        losses.append(held_out_loss(printed))
+    assert losses == pytest.approx([losses[0]] * 3, abs=2e-4)
+
+
 def test_labels_of_instructions(monkeypatch):
     """Prompt -100, then the response and the end; cut at the context."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
