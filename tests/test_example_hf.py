@@ -1,8 +1,11 @@
 """examples/train_hf.py through its command line, at tiny settings."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,6 +69,22 @@ def test_text_checkpoints_and_resume(train, tmp_path, monkeypatch):
     code, printed = train("--model", str(tmp_path / "out"), "--text", ARGPARSE, out="pretrained")
     assert code == 0 and logged(tmp_path / "pretrained")[0] < losses[0]
     assert impls == ["cce_exact", "cce_exact", "cce"]  # none for the baseline
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+def test_two_processes_train_as_one(train, tmp_path):
+    """By train_hf.sh: two processes with two sequences each, and one with four."""
+    code, printed = train("--text", ARGPARSE, "--impl", "cce_exact", "--batch", "4")
+    assert code == 0, printed
+    script = Path(__file__).parents[1] / "examples" / "train_hf.sh"
+    options = (*TINY, "--text", ARGPARSE, "--impl", "cce_exact", "--batch", "2", "--cache", str(tmp_path / "cache"))
+    environment = os.environ | {"PROCESSES": "2", "OUT": str(tmp_path / "two"), "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    done = subprocess.run(["bash", str(script), *options], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert logged(tmp_path / "two" / "llama") == pytest.approx(logged(tmp_path / "out"), rel=1e-3)
+    assert held_out_loss(done.stdout) == pytest.approx(held_out_loss(printed), abs=1e-3)
 
 
 def write_instructions(path: Path, pairs: list[tuple[str, str]]) -> str:
