@@ -9,6 +9,7 @@ import math
 import pickle
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -520,13 +521,41 @@ def test_compile():
 def test_accelerate_bf16(accelerate):
     model = tiny("gemma2")
     expected = loss_and_gradients(model, **batch())
-    prepared = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(cce_patch(model, impl="cce_exact"))
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    prepared = accelerator.prepare(cce_patch(model, impl="cce_exact"))
     loss, gradients = loss_and_gradients(prepared, **batch())
     assert loss.dtype == torch.float32
     assert_same((loss, gradients), expected, rtol=0.02)
-    cce_unpatch(model)
     with pytest.raises(ValueError, match="forward has been replaced already"):
         cce_patch(model)
+    with pytest.raises(ValueError, match="forward has been replaced since, .*unwrap_model.*`del model.forward`"):
+        cce_unpatch(model)
+    assert is_patched(model)
+    unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    del unwrapped.forward
+    cce_unpatch(unwrapped)
+    assert unwrapped is model and not is_patched(model)
+    assert_same(loss_and_gradients(model, **batch()), expected)
+
+
+def test_training_without_labels_is_told_once(accelerate, tmp_path):
+    """As the Trainer does with label_smoothing_factor: it takes the labels and its own loss of the logits."""
+    model = cce_patch(tiny())
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, use_cpu=True, label_smoothing_factor=0.1, report_to=[]
+    )
+    with pytest.warns(UserWarning, match="LlamaForCausalLM is in training and was given no labels") as seen:
+        transformers.Trainer(model, arguments, train_dataset=Rows()).train()
+    assert len([w for w in seen if "cce_patch" in str(w.message)]) == 1
+
+    model = cce_patch(tiny())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(input_ids=batch()["input_ids"])
+        model.train()
+        with torch.no_grad():
+            model(input_ids=batch()["input_ids"])
+        model(**batch())
 
 
 class Rows(torch.utils.data.Dataset):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -59,9 +61,10 @@ def cce_patch(
 ) -> nn.Module | None:
     """Let a causal LM compute its loss by linear_cross_entropy: wherever it is given labels, and with logits None.
 
-    Without labels the model is as it was. Softcap, logit scale and the bias of lm_head are the model's own; labels are
-    int32 or int64 [B, T], -100 where a token does not count. Patch before accelerate, FSDP, DDP or torch.compile wrap
-    the model; PEFT may come before or after. Patching again replaces the options.
+    Without labels the model is as it was, and says so once if it is in training. Softcap, logit scale and the bias of
+    lm_head are the model's own; labels are int32 or int64 [B, T], -100 where a token does not count. Patch before
+    accelerate, FSDP, DDP or torch.compile wrap the model; PEFT may come before or after. Patching again replaces the
+    options.
 
     Args:
         model_or_model_type: a model (or PEFT's wrapper of one), which alone is patched; or a model type such as "llama"
@@ -107,9 +110,18 @@ cce_patch.supported = supported  # type: ignore[attr-defined]
 
 
 def cce_unpatch(model_or_model_type: nn.Module | str | transformers.PretrainedConfig) -> None:
-    """Undo cce_patch of the same model, or of the same model type. Raises ValueError for what is not patched."""
+    """Undo cce_patch of the same model, or of the same model type.
+
+    Raises ValueError for what is not patched, and for a model whose forward has been replaced since.
+    """
     if isinstance(model_or_model_type, nn.Module):
         model = _inner_model(model_or_model_type)
+        if "forward" in model.__dict__:
+            raise ValueError(
+                "model_or_model_type: this model's forward has been replaced since, as accelerate and "
+                "Trainer(bf16=True) do, and still has the patch; call accelerator.unwrap_model(model, "
+                "keep_fp32_wrapper=False) and `del model.forward` first"
+            )
         cls = type(model)
         if _unpatched_class(cls) is cls:
             raise ValueError(f"model_or_model_type: this {cls.__name__} was not patched by itself, or is wrapped since")
@@ -189,11 +201,17 @@ def _patched_forward(cls: Any, options: dict[str, Any]) -> Callable[..., Any]:
     labels_at = parameters.index("labels") - 1  # self is not counted
     options = dict(options)
     train_only = options.pop("train_only")
+    warned = False
 
     @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal warned
         labels = args[labels_at] if len(args) > labels_at else kwargs.get("labels")
         if labels is None or (train_only and not self.training):
+            # Not in a graph, which would keep the question and break at the warning.
+            if not torch.compiler.is_compiling() and self.training and torch.is_grad_enabled() and not warned:
+                warned = True
+                warnings.warn(_NO_LABELS.format(cls.__name__), stacklevel=2)
             return original(self, *args, **kwargs)
         if options["reduction"] == "none" and _adds_router_loss(self.config, kwargs):
             raise ValueError(
@@ -204,6 +222,12 @@ def _patched_forward(cls: Any, options: dict[str, Any]) -> Callable[..., Any]:
 
     forward._cce_original = original  # type: ignore[attr-defined]
     return forward
+
+
+_NO_LABELS = (
+    "cce_patch: {} is in training and was given no labels, so that it computes its logits, and no loss of cce_ext's. "
+    "transformers.Trainer takes the labels away where it has label_smoothing_factor or compute_loss_func"
+)
 
 
 def _adds_router_loss(config: Any, kwargs: dict[str, Any]) -> bool:
