@@ -181,18 +181,6 @@ def gpu_architectures() -> list[str]:
     return [f"{major}{minor}" for major, minor in sorted(found)]
 
 
-def must_configure_afresh(build: Path, nvcc: Path | None) -> bool:
-    """Whether what CMake knows in its build folder is of no use: a compiler out of an environment that is gone.
-
-    nvcc: that of this build's own environment, or None.
-    """
-    cache = build / "CMakeCache.txt"
-    if not cache.exists():
-        return False
-    cached = re.search(r"^CMAKE_CUDA_COMPILER:\w+=(.+)$", cache.read_text(), re.MULTILINE)
-    return cached is not None and (not Path(cached[1]).exists() or nvcc not in (None, Path(cached[1])))
-
-
 def why_without_kernels(torch: Path, build: Path) -> str | None:
     """Why the automatic choice left the CUDA kernels out although torch could use them; None where nothing is amiss.
 

@@ -298,24 +298,6 @@ def test_the_nvcc_of_wheels_is_found(backend, tmp_path, monkeypatch):
     assert backend.find_wheels_nvcc((13, 0)) == nvcc
 
 
-def test_a_compiler_that_is_gone_is_forgotten(backend, tmp_path):
-    """pip's environments last for one build, CMake's folder for many."""
-    here = program(tmp_path / "bin", "nvcc", "true")
-    gone = tmp_path / "gone" / "nvcc"
-
-    def afresh(cached, nvcc):
-        (tmp_path / "CMakeCache.txt").write_text(f"CMAKE_CXX_COMPILER:STRING=/usr/bin/c++\n{cached}\n")
-        return backend.must_configure_afresh(tmp_path, nvcc)
-
-    assert not backend.must_configure_afresh(tmp_path / "bin", gone)
-    assert not afresh("", gone)
-    assert not afresh(f"CMAKE_CUDA_COMPILER:FILEPATH={here}", None)
-    assert not afresh(f"CMAKE_CUDA_COMPILER:FILEPATH={here}", here)
-    assert afresh(f"CMAKE_CUDA_COMPILER:FILEPATH={gone}", None)
-    assert afresh(f"CMAKE_CUDA_COMPILER:FILEPATH={gone}", here)
-    assert afresh(f"CMAKE_CUDA_COMPILER:STRING={here}", tmp_path / "other")
-
-
 class Driver:
     """libcuda.so.1 of a machine with these compute capabilities."""
 
