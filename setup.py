@@ -20,6 +20,7 @@ from cce_build import (  # noqa: E402
     find_torch,
     find_wheels_nvcc,
     gpu_architectures,
+    must_configure_afresh,
     why_without_kernels,
 )
 
@@ -68,9 +69,6 @@ class CMakeBuild(build_ext):
         folder = ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp).resolve()
         build = folder / ("cmake-ninja" if ninja else "cmake-make")
         arguments = [
-            # The build folder outlives this run, and pip's environments do not: what CMake remembers of compilers may
-            # be gone. Objects that the same commands make stay.
-            "--fresh",
             f"-S{ROOT}",
             f"-B{build}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
@@ -84,12 +82,16 @@ class CMakeBuild(build_ext):
             # are compiled side by side.
             f"-DCCE_NVCC_THREADS={max(1, jobs // 4)}",
         ]
+        # The build folder outlives this run, so what an earlier one cached is set again or dropped: ninja and nvcc may
+        # have been in a pip environment that is gone.
         if ninja:
             arguments += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-        if architectures := os.environ.get("CCE_CUDA_ARCHS"):
-            arguments.append(f"-DCCE_CUDA_ARCHS={architectures}")
-        if nvcc := find_wheels_nvcc(wheels) if wheels else None:
-            arguments.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
+        architectures = os.environ.get("CCE_CUDA_ARCHS")
+        arguments.append(f"-DCCE_CUDA_ARCHS={architectures}" if architectures else "-UCCE_CUDA_ARCHS")
+        nvcc = find_wheels_nvcc(wheels) if wheels else None
+        arguments.append(f"-DCMAKE_CUDA_COMPILER={nvcc}" if nvcc else "-UCMAKE_CUDA_COMPILER")
+        if must_configure_afresh(build, nvcc):
+            arguments.append("--fresh")
         run_cmake("configure", *arguments)
         run_cmake("build", "--build", str(build), "--parallel", str(jobs))
         if why := why_without_kernels(torch, build):

@@ -181,6 +181,19 @@ def gpu_architectures() -> list[str]:
     return [f"{major}{minor}" for major, minor in sorted(found)]
 
 
+def must_configure_afresh(build: Path, nvcc: Path | None) -> bool:
+    """Whether CMake's folder is for another CUDA compiler: out of an environment that is gone, or not this nvcc.
+
+    nvcc: that of this build's own environment, or None for the machine's. CMake's --fresh forgets the compiler, and
+    takes the objects with it.
+    """
+    for known in build.glob("CMakeFiles/*/CMakeCUDACompiler.cmake"):
+        compiler = re.search(r'^set\(CMAKE_CUDA_COMPILER "(.+)"\)$', known.read_text(), re.MULTILINE)
+        if compiler and (not Path(compiler[1]).exists() or nvcc not in (None, Path(compiler[1]))):
+            return True
+    return False
+
+
 def why_without_kernels(torch: Path, build: Path) -> str | None:
     """Why the automatic choice left the CUDA kernels out although torch could use them; None where nothing is amiss.
 

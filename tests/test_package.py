@@ -298,6 +298,24 @@ def test_the_nvcc_of_wheels_is_found(backend, tmp_path, monkeypatch):
     assert backend.find_wheels_nvcc((13, 0)) == nvcc
 
 
+def test_a_compiler_that_is_gone_is_forgotten(backend, tmp_path):
+    """pip's environments last for one build, CMake's folder for many."""
+    here = program(tmp_path / "bin", "nvcc", "true")
+    gone = tmp_path / "gone" / "nvcc"
+    known = tmp_path / "CMakeFiles" / "3.30.0" / "CMakeCUDACompiler.cmake"
+    assert not backend.must_configure_afresh(tmp_path, here)
+    known.parent.mkdir(parents=True)
+    for compiler, nvcc, afresh in (
+        (here, None, False),
+        (here, here, False),
+        (here, tmp_path / "other", True),
+        (gone, None, True),
+        (gone, here, True),
+    ):
+        known.write_text(f'set(CMAKE_CUDA_COMPILER "{compiler}")\nset(CMAKE_CUDA_HOST_COMPILER "")\n')
+        assert backend.must_configure_afresh(tmp_path, nvcc) == afresh
+
+
 class Driver:
     """libcuda.so.1 of a machine with these compute capabilities."""
 
