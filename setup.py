@@ -16,11 +16,12 @@ from setuptools.errors import ExecError, SetupError
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_backend"))
 from cce_build import (  # noqa: E402
+    cuda_requirements,
     cuda_wheels,
     find_torch,
     find_wheels_nvcc,
     gpu_architectures,
-    must_configure_afresh,
+    machine_nvcc,
     why_without_kernels,
 )
 
@@ -82,17 +83,28 @@ class CMakeBuild(build_ext):
             # are compiled side by side.
             f"-DCCE_NVCC_THREADS={max(1, jobs // 4)}",
         ]
-        # The build folder outlives this run, so what an earlier one cached is set again or dropped: ninja and nvcc may
-        # have been in a pip environment that is gone.
+        # The build folder outlives this run, so what an earlier one cached is set again or dropped: ninja may have
+        # been in a pip environment that is gone.
         if ninja:
             arguments += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         architectures = os.environ.get("CCE_CUDA_ARCHS")
         arguments.append(f"-DCCE_CUDA_ARCHS={architectures}" if architectures else "-UCCE_CUDA_ARCHS")
         nvcc = find_wheels_nvcc(wheels) if wheels else None
+        if nvcc is None and (wanted := os.environ.get("CCE_CUDA_WHEELS")) and wheels:
+            raise SetupError(
+                f"CCE_CUDA_WHEELS={wanted}, but the environment of this build has no such nvcc: build without "
+                f"--no-build-isolation, or install {' '.join(cuda_requirements(wheels))}"
+            )
         arguments.append(f"-DCMAKE_CUDA_COMPILER={nvcc}" if nvcc else "-UCMAKE_CUDA_COMPILER")
-        if must_configure_afresh(build, nvcc):
+        # CMake goes on with the CUDA compiler that it first found there, gone or not. --fresh forgets it, and the
+        # objects with it.
+        found = nvcc or machine_nvcc()
+        compiler = os.path.realpath(found) if found else ""
+        stamp = build / "nvcc.txt"
+        if not stamp.exists() or stamp.read_text() != compiler:
             arguments.append("--fresh")
         run_cmake("configure", *arguments)
+        stamp.write_text(compiler)
         run_cmake("build", "--build", str(build), "--parallel", str(jobs))
         if why := why_without_kernels(torch, build):
             say(f"cce_ext is built WITHOUT its CUDA kernels: {why}")

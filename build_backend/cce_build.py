@@ -100,12 +100,21 @@ def torch_cuda(folder: Path | None) -> tuple[int, int] | None:
     return (int(version[1]), int(version[2])) if version else None
 
 
+def machine_nvcc() -> str | None:
+    """The nvcc that CMakeLists.txt takes, by its own rules; one that the environment names need not exist."""
+    if compiler := os.environ.get("CUDACXX"):
+        return compiler
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if toolkit := os.environ.get(name):
+            return os.path.join(toolkit, "bin", "nvcc")
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
 def machine_has_nvcc() -> bool:
     """Whether CMakeLists.txt finds an nvcc that is new enough, or was told of one and shall report what is wrong."""
     if any(os.environ.get(name) for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH")):
         return True
-    candidates = (shutil.which("nvcc"), shutil.which("nvcc", path="/usr/local/cuda/bin"))
-    nvcc = next(filter(None, candidates), None)
+    nvcc = machine_nvcc()
     return nvcc is not None and (_program_version(nvcc) or (0, 0)) >= CUDA_MINIMUM
 
 
@@ -179,19 +188,6 @@ def gpu_architectures() -> list[str]:
     except (OSError, AttributeError):  # no driver, or a library that is none
         return []
     return [f"{major}{minor}" for major, minor in sorted(found)]
-
-
-def must_configure_afresh(build: Path, nvcc: Path | None) -> bool:
-    """Whether CMake's folder is for another CUDA compiler: out of an environment that is gone, or not this nvcc.
-
-    nvcc: that of this build's own environment, or None for the machine's. CMake's --fresh forgets the compiler, and
-    takes the objects with it.
-    """
-    for known in build.glob("CMakeFiles/*/CMakeCUDACompiler.cmake"):
-        compiler = re.search(r'^set\(CMAKE_CUDA_COMPILER "(.+)"\)$', known.read_text(), re.MULTILINE)
-        if compiler and (not Path(compiler[1]).exists() or nvcc not in (None, Path(compiler[1]))):
-            return True
-    return False
 
 
 def why_without_kernels(torch: Path, build: Path) -> str | None:

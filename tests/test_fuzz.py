@@ -12,23 +12,23 @@ import torch
 
 pytest.importorskip("tqdm", reason="the benchmark needs tqdm")
 
-from bench.checks import fuzz
+from bench.checks import fuzz, fuzz_cases
 from cce_ext import portable, sampling
 
-SAMPLED = fuzz.Case(40, 24, 2000, dtype="float32", filter_eps=2.0**-5, bias=True, needs="ecb", ignored="few")
+SAMPLED = fuzz_cases.Case(40, 24, 2000, dtype="float32", filter_eps=2.0**-5, bias=True, needs="ecb", ignored="few")
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Smaller cases, and one thread, as the program takes on a CPU."""
-    monkeypatch.setitem(fuzz.LARGEST, "cpu", (64, 64, 2000))
+    monkeypatch.setitem(fuzz_cases.LARGEST, "cpu", (64, 64, 2000))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-def found_by(case: fuzz.Case) -> list[str]:
+def found_by(case: fuzz_cases.Case) -> list[str]:
     trial = fuzz.Trial(case, "cpu")
     trial.run()
     return trial.failures
@@ -56,29 +56,29 @@ def test_without_the_device(capsys, monkeypatch):
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_cases_are_a_function_of_seed_and_number(device):
-    cases = [fuzz.draw_case(3, k, device) for k in range(300)]
-    assert cases == [fuzz.draw_case(3, k, device) for k in range(300)]
-    assert len({*cases, *(fuzz.draw_case(4, k, device) for k in range(300))}) == 600
-    assert all(fuzz.Case(**json.loads(json.dumps(asdict(case)))) == case for case in cases)
-    for name, values in fuzz.CHOICES.items():
+    cases = [fuzz_cases.draw_case(3, k, device) for k in range(300)]
+    assert cases == [fuzz_cases.draw_case(3, k, device) for k in range(300)]
+    assert len({*cases, *(fuzz_cases.draw_case(4, k, device) for k in range(300))}) == 600
+    assert all(fuzz_cases.Case(**json.loads(json.dumps(asdict(case)))) == case for case in cases)
+    for name, values in fuzz_cases.CHOICES.items():
         assert {getattr(case, name) for case in cases} == set(values), f"{name}: not all are drawn"
-    assert {case.dtype for case in cases} == set(fuzz.DTYPES[device])
+    assert {case.dtype for case in cases} == set(fuzz_cases.DTYPES[device])
     # Where dE's sums begin to lie in dC, on both sides.
     assert {-1, 0, 1} <= {case.v - 12 * case.n for case in cases}
-    assert all(min(case.n, case.d, case.v) > 0 and case.n * case.v <= fuzz.LOGITS[device] for case in cases)
+    assert all(min(case.n, case.d, case.v) > 0 and case.n * case.v <= fuzz_cases.LOGITS[device] for case in cases)
 
 
 def test_a_case_gives_the_same_tensors_again():
     case = replace(SAMPLED, dtype="bfloat16", e_layout="wide", c_layout="transposed", stride=2, lse=True, shift=1)
-    one, two = fuzz.Problem(case, "cpu"), fuzz.Problem(case, "cpu")
+    one, two = fuzz_cases.Problem(case, "cpu"), fuzz_cases.Problem(case, "cpu")
     for name in ("e", "c", "bias", "targets", "labels", "g_nll", "g_lse"):
         assert torch.equal(getattr(one, name), getattr(two, name))
 
 
-@pytest.mark.parametrize("layout", ["plain", *fuzz.CHOICES["e_layout"]])
+@pytest.mark.parametrize("layout", ["plain", *fuzz_cases.CHOICES["e_layout"]])
 def test_layouts_hold_the_same_numbers(layout):
     x = torch.randn(7, 12, generator=torch.Generator().manual_seed(0)).bfloat16()
-    y = fuzz.lay_out(x, layout)
+    y = fuzz_cases.lay_out(x, layout)
     assert torch.equal(y, x[:1].expand(7, 12) if layout == "expanded" else x)
     aligned = y.data_ptr() % 16 == 0 and y.stride(0) * 2 % 16 == 0 and y.stride(1) == 1
     assert aligned == (layout in ("wide", "expanded"))
@@ -121,7 +121,7 @@ def put_nan_in_a_row(grads, targets):
 
 def move_ignored_tokens(grads, targets):
     if grads["e"] is not None:
-        grads["e"][targets == fuzz.IGNORE] = 1e-30
+        grads["e"][targets == fuzz_cases.IGNORE] = 1e-30
 
 
 def a_forward_that(change):

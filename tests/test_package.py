@@ -100,6 +100,8 @@ def test_architectures(tmp_path):
         ("90", "", "for 90-real( |$)"),
         ("80;90", "", "for 80-real;90-real( |$)"),
         ("90;990", "", everything),
+        ("75", "", everything),  # too old for any of the kernels, which then are for other machines
+        ("75;90", "", "for 90-real( |$)"),
         ("", "", everything),
         ("90", "86", "for 86( |$)"),
     ):
@@ -107,6 +109,7 @@ def test_architectures(tmp_path):
         assert code == 0, output
         assert re.search(r"CUDA kernels by \d+\.\d+\.\d+ " + expected, output), (gpus, archs, output)
         assert ("does not know this machine's sm_990" in output) == ("990" in gpus)
+        assert ("nothing is built for this machine's sm_75" in output) == ("75" in gpus)
 
 
 def test_setup_reports_the_reason(tmp_path):
@@ -128,6 +131,10 @@ def test_setup_reports_the_reason(tmp_path):
 
     assert "CCE_TORCH_DIR must be the folder of torch >= 2.10" in build(CCE_TORCH_DIR=str(tmp_path))
     assert "MAX_JOBS must be a positive integer, but is 'many'" in build(MAX_JOBS="many")
+    if sys.platform == "linux":  # never another compiler than the one that was asked for, in silence
+        assert "CCE_CUDA_WHEELS=99.0, but the environment of this build has no such nvcc" in build(
+            CCE_CUDA_WHEELS="99.0"
+        )
     if shutil.which("cmake"):
         output = build(CCE_CUDA="maybe")
         assert "but is 'maybe'" in output
@@ -298,24 +305,6 @@ def test_the_nvcc_of_wheels_is_found(backend, tmp_path, monkeypatch):
     assert backend.find_wheels_nvcc((13, 0)) == nvcc
 
 
-def test_a_compiler_that_is_gone_is_forgotten(backend, tmp_path):
-    """pip's environments last for one build, CMake's folder for many."""
-    here = program(tmp_path / "bin", "nvcc", "true")
-    gone = tmp_path / "gone" / "nvcc"
-    known = tmp_path / "CMakeFiles" / "3.30.0" / "CMakeCUDACompiler.cmake"
-    assert not backend.must_configure_afresh(tmp_path, here)
-    known.parent.mkdir(parents=True)
-    for compiler, nvcc, afresh in (
-        (here, None, False),
-        (here, here, False),
-        (here, tmp_path / "other", True),
-        (gone, None, True),
-        (gone, here, True),
-    ):
-        known.write_text(f'set(CMAKE_CUDA_COMPILER "{compiler}")\nset(CMAKE_CUDA_HOST_COMPILER "")\n')
-        assert backend.must_configure_afresh(tmp_path, nvcc) == afresh
-
-
 class Driver:
     """libcuda.so.1 of a machine with these compute capabilities."""
 
@@ -348,7 +337,7 @@ def test_the_gpus_of_the_machine(backend, monkeypatch):
     assert gpus(Driver((9, 0), error=100)) == []  # CUDA_ERROR_NO_DEVICE
     assert gpus(object()) == []
     monkeypatch.undo()
-    assert backend.gpu_architectures() == [] or all(x.isdecimal() for x in backend.gpu_architectures())
+    assert all(x.isdecimal() for x in backend.gpu_architectures())  # of this machine, whatever it has
 
 
 def test_without_kernels_although_torch_has_cuda(backend, tmp_path):
@@ -500,6 +489,57 @@ def test_a_build_without_kernels_says_so(clone, tmp_path):
     assert done.returncode == 0, done.stderr
     said = "cce_ext is built WITHOUT its CUDA kernels: torch is built for CUDA 13.0, but CUDA_HOME is '/nonexistent'"
     assert done.stdout.rstrip().splitlines()[-1].startswith(said)
+
+
+@pytest.mark.slow
+def test_a_build_takes_the_compiler_that_it_is_told(clone, tmp_path):
+    """And not the one that CMake knows from the last build in the same folder, nor one that is gone since."""
+    if not Path("/usr/local/cuda/bin/nvcc").exists():
+        pytest.skip("there is no toolkit in /usr/local/cuda")
+    import torch
+
+    toolkits = [tmp_path / "first", tmp_path / "second"]
+    for toolkit in toolkits:  # what --list-gpu-arch and the rest say is the real one's; only the path is another
+        toolkit.mkdir()
+        for part in Path("/usr/local/cuda").iterdir():
+            if part.name != "bin":
+                (toolkit / part.name).symlink_to(part)
+        (toolkit / "bin").mkdir()
+        program(toolkit / "bin", "nvcc", 'exec /usr/local/cuda/bin/nvcc "$@"')
+    # The configure step alone: cmake builds nothing where it is asked for no target.
+    real = shutil.which("cmake")
+    cmake = program(tmp_path / "path", "cmake", f'[ "$1" = --build ] && exit 0; exec {real} "$@"')
+    environment = {**os.environ, "PATH": f"{cmake.parent}{os.pathsep}{os.environ['PATH']}", "CCE_CUDA": "ON"}
+    environment |= {"CCE_CUDA_ARCHS": "90-real", "CCE_TORCH_DIR": str(Path(torch.__file__).parent)}
+    library = tmp_path / "lib" / "cce_ext" / "_C.abi3.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+
+    def known(toolkit):
+        command = [
+            sys.executable,
+            "setup.py",
+            "build_ext",
+            f"--build-temp={tmp_path}/bt",
+            f"--build-lib={tmp_path}/lib",
+        ]
+        library = tmp_path / "lib" / "cce_ext" / "_C.abi3.so"
+        library.parent.mkdir(exist_ok=True)
+        library.touch()
+        done = subprocess.run(
+            command, cwd=clone, env=environment | {"CUDA_HOME": str(toolkit)}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        (file,) = tmp_path.glob("bt/*/CMakeFiles/*/CMakeCUDACompiler.cmake")
+        return re.search(r'set\(CMAKE_CUDA_COMPILER "(.*)"\)', file.read_text())[1], "--fresh" in done.stdout
+
+    first, second = (str(toolkit / "bin" / "nvcc") for toolkit in toolkits)
+    known(toolkits[0])
+    assert known(toolkits[1]) == (second, True)
+    assert known(toolkits[1]) == (second, False)
+    shutil.rmtree(toolkits[1])
+    assert known(toolkits[0]) == (first, True)
+    (clone / "cce_ext" / library.name).unlink()
 
 
 @pytest.mark.slow
