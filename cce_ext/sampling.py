@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-TILE_COLUMNS = 128
+TILE_COLUMNS = 256
 CHAIN_TOKENS = 128
 CHAIN_TILES = 32
 MIN_PROBABILITY = 2.0**-24

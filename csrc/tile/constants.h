@@ -3,7 +3,7 @@
 namespace cce {
 
 // Width of a vocab tile: the unit in which the backward visits or skips columns, and a row of the tile map.
-constexpr int kTileColumns = 128;
+constexpr int kTileColumns = 256;
 
 constexpr int kWarpLanes = 32;
 
