@@ -26,7 +26,7 @@ struct GradientArguments {
   int first_column, columns;  // of the chunk
 };
 
-// A block of the filter: all rows of a block of the product by one vocab tile.
+// A block of the filter: all rows of a block of the product by kFilterColumns.
 constexpr int kFilterBlockRows = 128;
 
 template <typename Element>

@@ -9,8 +9,8 @@
 
 namespace cce {
 
-// As GradientEpilogue, from the registers of wgmma: a warp has 16 rows of two vocab tiles, a lane two of the
-// rows. The filter's block is both consumers', who meet to judge it.
+// As GradientEpilogue, from the registers of wgmma: a warp has 16 rows of two of the filter's blocks, a lane
+// two of the rows. The filter's block is both consumers', who meet to judge it.
 template <typename Element, bool kFilter>
 class GradientEpilogueSm90 {
  public:
@@ -38,8 +38,8 @@ class GradientEpilogueSm90 {
  private:
   template <bool kSoftcap, typename Sums>
   __device__ __forceinline__ void write(const Sums& sums, int column0) const {
-    constexpr int kCount = Sums::kColumns / 2;  // of a vocab tile
-    static_assert(LogitsSm90::kRows == kFilterBlockRows && LogitsSm90::kColumns == 2 * kTileColumns,
+    constexpr int kCount = Sums::kColumns / 2;  // of a block of the filter
+    static_assert(LogitsSm90::kRows == kFilterBlockRows && LogitsSm90::kColumns == 2 * kFilterColumns,
                   "two blocks of the filter");
 #pragma unroll
     for (int first = 0; first < 2 * kCount; first += kCount) {
@@ -58,7 +58,7 @@ class GradientEpilogueSm90 {
     }
   }
 
-  // Whether the filter keeps the vocab tile whose first column is given.
+  // Whether the filter keeps the block whose first column is given.
   template <int kCount, typename Sums>
   __device__ __forceinline__ bool keeps(const Sums& sums, int first, int column0) const {
     bool passes = false;

@@ -10,10 +10,11 @@
 #include "tile/ring.cuh"
 #include "tile/warp_product.cuh"
 
-// dC of the exact backward is a plain product, dz^T E, and cuBLAS's. Only where a token that does not count
-// (ignored, or without a gradient) has a row of e that is not finite, 0 times that row is NaN in every row of
-// dC. Then the kernel here computes dC again from the rows that count; otherwise its blocks end at once. A
-// copy of e without these rows would do as well, but would take memory in every call.
+// dC of the exact backward is a plain product, dz^T E, and cuBLAS's; so is the control variate's sum of E by
+// residual masses. Only where a token that does not count (ignored, or without a gradient) has a row of e that
+// is not finite, 0 times that row is NaN in every row of the product. Then the kernel here computes it again
+// from the rows that count; otherwise its blocks end at once. A copy of e without these rows would do as well,
+// but would take memory in every call.
 namespace cce {
 
 constexpr int kStrayRowsThreads = 256;
@@ -43,17 +44,22 @@ __global__ void __launch_bounds__(kStrayRowsThreads)
 
 template <typename Element>
 struct LiveProductArguments {
-  const Element* dz;  // [n, stride], scaled
+  const Element* weights;  // Major::kMN: [n, stride] of `columns` columns each; kK: [columns, stride]; scaled
   int64_t stride;
   Rows<Element> e;
   const GradientRow* rows;  // [n]
   const VisitControl* control;
   int d, columns, stages;
-  Element* out;  // [columns, d] contiguous
+  float factor;     // of the product
+  bool keeps_scale;  // else it is divided by the weights' scale
+  Element* out;      // [columns, d] contiguous
 };
 
-// A block computes 128 columns of the chunk by 128 of D.
-template <typename Element>
+constexpr int kLiveProductRows = 128;
+
+// A block computes 128 rows of the product of the weights' transpose (kMN) or the weights (kK) with E, by 128
+// of D.
+template <typename Element, Major kMajorOfWeights>
 __global__ void __launch_bounds__(kVisitThreads, 1)
     live_product_kernel(const __grid_constant__ LiveProductArguments<Element> a) {
   if (a.control->stray_rows == 0) return;
@@ -63,22 +69,28 @@ __global__ void __launch_bounds__(kVisitThreads, 1)
   constexpr int kPass = Lane::kRowsPerPass;
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes,
             warp = static_cast<int>(threadIdx.x) / kWarpLanes;
-  const int first_m = warp / kVisitWarpsN * (kTileColumns / kVisitWarpsM);
+  const int first_m = warp / kVisitWarpsN * (kLiveProductRows / kVisitWarpsM);
   const int first_n = warp % kVisitWarpsN * (kVisitSlice / kVisitWarpsN);
   const int slices = (a.d + kVisitSlice - 1) / kVisitSlice;
-  const int column0 = static_cast<int>(blockIdx.x) / slices * kTileColumns;
+  const int column0 = static_cast<int>(blockIdx.x) / slices * kLiveProductRows;
   const int d0 = static_cast<int>(blockIdx.x) % slices * kVisitSlice;
 
   // Load
   int sent = 0;
   const auto send = [&](uint32_t stage) {
     const int k0 = sent++ * kLogitsDepth;
+    if constexpr (kMajorOfWeights == Major::kK) {
+      copy_rows_of_mn<kLiveProductRows>(stage, Rows<Element>{a.weights, a.stride, a.columns}, column0, k0,
+                                        a.e.count);
+    }
 #pragma unroll
     for (int p = 0; p < 4; ++p) {
       const int token = k0 + p % 2 * kPass + Lane::row(), column = Lane::column() + p / 2 * kRowElements;
       const bool live = token < a.e.count && a.rows[token].live();
       const int64_t row = live ? token : 0;
-      ptx::cp_async_16(Lane::destination(stage, p), a.dz + row * a.stride + column0 + column, live);
+      if constexpr (kMajorOfWeights == Major::kMN) {
+        ptx::cp_async_16(Lane::destination(stage, p), a.weights + row * a.stride + column0 + column, live);
+      }
       ptx::cp_async_16(Lane::destination(stage + kVisitTileBytes, p),
                        a.e.data + row * a.e.stride + d0 + column, live && d0 + column < a.d);
     }
@@ -86,7 +98,7 @@ __global__ void __launch_bounds__(kVisitThreads, 1)
   StageStream<kVisitStageBytes, decltype(send)> stream(shared_address(shared), a.stages, send);
 
   // Compute
-  WarpProduct<Element, 4, 4, Major::kMN, Major::kMN> product(lane, first_m, first_n);
+  WarpProduct<Element, 4, 4, kMajorOfWeights, Major::kMN> product(lane, first_m, first_n);
   product.clear();
   for (int k0 = 0; k0 < a.e.count; k0 += kLogitsDepth) {
     stream.next();
@@ -101,8 +113,9 @@ __global__ void __launch_bounds__(kVisitThreads, 1)
 
   // Finish
   stream.close();
-  const GradientScale<Element> scale(a.control->largest);
-  store_block(product.sums, a.out, column0 + first_m, a.columns, d0 + first_n, a.d, scale.inverse, lane);
+  const float unscaled = a.keeps_scale ? 1.0f : GradientScale<Element>(a.control->largest).inverse;
+  store_block(product.sums, a.out, column0 + first_m, a.columns, d0 + first_n, a.d, a.factor * unscaled,
+              lane);
 }
 
 }  // namespace cce

@@ -19,8 +19,8 @@ constexpr int kLogitsTileE = kLogitsRows * kLogitsDepth * 2;  // bytes
 constexpr int kLogitsTileC = kLogitsColumns * kLogitsDepth * 2;
 constexpr int kLogitsStageBytes = kLogitsTileE + kLogitsTileC;
 
-// What an epilogue may keep in shared memory: eight bytes a thread.
-constexpr int kLogitsStateBytes = kLogitsThreads * 8;
+// What an epilogue may keep in shared memory: eight bytes a row.
+constexpr int kLogitsStateBytes = kLogitsRows * 8;
 
 constexpr int logits_shared_bytes(int stages) { return stages * kLogitsStageBytes + kLogitsStateBytes; }
 

@@ -7,6 +7,7 @@
 
 #include "kernels/logits_sm90_config.h"
 #include "ptx/hopper.cuh"
+#include "ptx/wgmma.cuh"
 #include "tile/mma_sums.cuh"
 #include "tile/schedule.h"
 
@@ -105,12 +106,15 @@ struct WarpgroupProduct {
   MmaSums<1, LogitsSm90::kColumns / 8> sums;
 
   // The sums over the next `steps` stages, whatever they held before. One stage's products are under way
-  // while the next stage's are sent after them; a stage is given back one step later.
+  // while the next stage's are sent after them; a stage is given back one step later. kFence: threads' copies
+  // have brought a part of the stages, not the copy engine.
+  template <bool kFence = false>
   __device__ __forceinline__ void multiply(const Ring& ring, RingPlace& place, int steps, int consumer) {
     int previous = 0;
     ptx::wgmma_hold(sums.tiles[0]);
     for (int step = 0; step < steps; ++step) {
       ptx::mbarrier_wait(ring.full(place.slot), place.parity);
+      if constexpr (kFence) ptx::fence_async();
       const uint64_t e =
           ptx::wgmma_operand(ring.tile_e(place.slot) + consumer * LogitsSm90::kConsumerRows * kRowBytes);
       const uint64_t c = ptx::wgmma_operand(ring.tile_c(place.slot));

@@ -1,12 +1,11 @@
 #pragma once
 
-#include <cuda_bf16.h>
-
 #include <cstdint>
 
 #include "ptx/math.cuh"
 #include "tile/softcap.cuh"
 #include "tile/target.cuh"
+#include "tile/tile_map.h"
 
 // The log-sum-exp of the logits: what the epilogues that reduce them share, and the kernel that joins what
 // they leave.
@@ -19,7 +18,7 @@ struct LseArguments {
   int64_t bias_stride;
   Softcap softcap;
   const float* label_logits;  // [N]
-  __nv_bfloat16* tile_map;    // [V / 128, N] or null
+  uint16_t* tile_map;         // [V / 256, N] or null
   float* partial_lse;         // [splits, N]
   int n, v;
 };
@@ -40,6 +39,28 @@ struct MaxSum {
   // make -inf - -inf.
   static constexpr float kLowest = -0x1p126f;
   __device__ __forceinline__ static MaxSum none() { return {kLowest, 0.0f}; }
+};
+
+// The sum of exp(z) and of its squares, relative to the largest z.
+struct TileSums {
+  float max;
+  float sum, squares;
+
+  __device__ __forceinline__ void add(const TileSums& other) {
+    const float higher = fmaxf(max, other.max);
+    const float own = ptx::exp2_approx((max - higher) * kLog2E);
+    const float others = ptx::exp2_approx((other.max - higher) * kLog2E);
+    sum = sum * own + other.sum * others;
+    squares = squares * (own * own) + other.squares * (others * others);
+    max = higher;
+  }
+  __device__ __forceinline__ MaxSum max_sum() const { return {max, sum}; }
+  // The tile map's entry. A label logit that is NaN, where there is none, stands for 0.
+  __device__ __forceinline__ uint16_t code(float label_logit) const {
+    const float reference = label_logit == label_logit ? label_logit : 0.0f;
+    const float offset = (max - reference) * kLog2E;
+    return encode_tile(offset + ptx::log2_approx(sum), offset + 0.5f * ptx::log2_approx(squares));
+  }
 };
 
 constexpr int kLseFinishThreads = 128;

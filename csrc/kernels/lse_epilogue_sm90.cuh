@@ -1,7 +1,5 @@
 #pragma once
 
-#include <cuda_bf16.h>
-
 #include <cstdint>
 
 #include "kernels/finish_logits.cuh"
@@ -11,10 +9,9 @@
 
 namespace cce {
 
-// As LseEpilogue, from the registers of wgmma: a quad of lanes holds all 256 columns of two rows, so that
-// rows are reduced by shuffles alone. Of the quad's four log-sum-exps, two rows of two vocab tiles, each lane
-// keeps one, the number of its place in the quad: row + 8 for odd ones, the second vocab tile for 2 and 3.
-// What a warp then writes of the tile map are two runs of 16 neighbouring entries.
+// As LseEpilogue, from the registers of wgmma: a quad of lanes holds all 256 columns of two rows, a vocab
+// tile, so that rows are reduced by shuffles alone. Even lanes of a quad keep the first row's log-sum-exp, odd
+// ones that of the row eight below. What a warp writes of the tile map are 16 neighbouring entries.
 template <typename Element, int kPolynomialEighths>
 class LseEpilogueSm90 {
  public:
@@ -25,99 +22,81 @@ class LseEpilogueSm90 {
 
   __device__ __forceinline__ void begin(int row_block) {
     const int warp = static_cast<int>(threadIdx.x) / kWarpLanes;
-    row_ = row_block * LogitsSm90::kRows + 16 * warp + 8 * (lane_ % 2) + lane_ / 4;
-    maps_ = a_.tile_map != nullptr && row_ < a_.n;
-    // Where there is no label logit, the map is relative to 0.
-    const float label = maps_ ? a_.label_logits[row_] : 0.0f;
-    reference_ = label == label ? label : 0.0f;
+    row_ = row_block * LogitsSm90::kRows + 16 * warp + 8 * own_row() + lane_ / 4;
+    writes_ = lane_ % 4 < 2 && row_ < a_.n;
+    label_logit_ = writes_ && a_.tile_map != nullptr ? a_.label_logits[row_] : 0.0f;
     running_ = MaxSum::none();
   }
 
   template <typename Sums>
   __device__ __forceinline__ void block(Sums& sums, int column_block) {
-    static_assert(LogitsSm90::kColumns == 2 * kTileColumns, "two vocab tiles a block");
+    static_assert(LogitsSm90::kColumns == kTileColumns, "a block is a vocab tile");
     finish_logits(sums, column_block * LogitsSm90::kColumns + Sums::first_column(lane_), a_.bias,
                   a_.bias_stride, a_.softcap, a_.v);
-    const MaxSum tile = reduce(sums);
-    running_.add(tile);
-    const int64_t index = static_cast<int64_t>(column_block) * 2 + own_tile();
-    if (maps_ && index * kTileColumns < a_.v) {
-      a_.tile_map[index * a_.n + row_] = __float2bfloat16_rd(tile.max - reference_);
+    const TileSums tile = reduce(sums);
+    running_.add(tile.max_sum());
+    if (writes_ && a_.tile_map != nullptr) {
+      a_.tile_map[static_cast<int64_t>(column_block) * a_.n + row_] = tile.code(label_logit_);
     }
   }
 
   __device__ __forceinline__ void finish(int split) {
-    running_.add(
-        {__shfl_xor_sync(0xffffffffu, running_.max, 2), __shfl_xor_sync(0xffffffffu, running_.sum, 2)});
-    if (own_tile() == 0 && row_ < a_.n) {
-      a_.partial_lse[static_cast<int64_t>(split) * a_.n + row_] = running_.lse();
-    }
+    if (writes_) a_.partial_lse[static_cast<int64_t>(split) * a_.n + row_] = running_.lse();
   }
 
  private:
-  __device__ __forceinline__ int own_tile() const { return lane_ % 4 / 2; }
+  __device__ __forceinline__ int own_row() const { return lane_ % 2; }
 
-  // The log-sum-exp that is the lane's own.
+  // The sums of the lane's own row.
   template <typename Sums>
-  __device__ __forceinline__ MaxSum reduce(const Sums& sums) const {
-    constexpr int kHalf = Sums::kColumns / 2;
-    float max[4], total[4];
+  __device__ __forceinline__ TileSums reduce(const Sums& sums) const {
+    static_assert(Sums::kRows == 2, "an own row for even and for odd lanes");
+    float max[2], total[2], squares[2];
 #pragma unroll
-    for (int own = 0; own < 4; ++own) {
-      const int first = own / 2 * kHalf, r = own % 2;
-      max[own] = MaxSum::kLowest;
+    for (int r = 0; r < 2; ++r) {
+      max[r] = MaxSum::kLowest;
 #pragma unroll
-      for (int c = first; c < first + kHalf; c += 2) {
-        max[own] = fmaxf(max[own], fmaxf(sums.at(r, c), sums.at(r, c + 1)));
+      for (int c = 0; c < Sums::kColumns; c += 2) {
+        max[r] = fmaxf(max[r], fmaxf(sums.at(r, c), sums.at(r, c + 1)));
       }
     }
 #pragma unroll
-    for (int own = 0; own < 4; ++own) {
-      max[own] = fmaxf(max[own], __shfl_xor_sync(0xffffffffu, max[own], 1));
-      max[own] = fmaxf(max[own], __shfl_xor_sync(0xffffffffu, max[own], 2));
+    for (int r = 0; r < 2; ++r) {
+      max[r] = fmaxf(max[r], __shfl_xor_sync(0xffffffffu, max[r], 1));
+      max[r] = fmaxf(max[r], __shfl_xor_sync(0xffffffffu, max[r], 2));
     }
 #pragma unroll
-    for (int own = 0; own < 4; ++own) {
-      const int first = own / 2 * kHalf, r = own % 2;
-      const float offset = -max[own] * kLog2E;
-      float sum[2] = {0.0f, 0.0f};
+    for (int r = 0; r < 2; ++r) {
+      const float offset = -max[r] * kLog2E;
+      float sum[2] = {0.0f, 0.0f}, square[2] = {0.0f, 0.0f};
 #pragma unroll
-      for (int c = first; c < first + kHalf; ++c) {
-        const float x = fmaf(sums.at(r, c), kLog2E, offset);
+      for (int c = 0; c < Sums::kColumns; ++c) {
+        const float power = fmaf(sums.at(r, c), kLog2E, offset);
         // Interleaved, so that both units have work.
-        sum[c % 2] += c / 2 * 3 % 8 < kPolynomialEighths ? exp2_polynomial(x) : ptx::exp2_approx(x);
+        const float x =
+            c / 2 * 3 % 8 < kPolynomialEighths ? exp2_polynomial(power) : ptx::exp2_approx(power);
+        sum[c % 2] += x;
+        square[c % 2] = fmaf(x, x, square[c % 2]);
       }
-      total[own] = sum[0] + sum[1];
+      total[r] = sum[0] + sum[1];
+      squares[r] = square[0] + square[1];
     }
-    return {of_own(max), quad_sum_of_own(total)};
+    return {own_row() ? max[1] : max[0], quad_sum_of_own(total), quad_sum_of_own(squares)};
   }
 
-  // values[the lane's place in its quad]
-  __device__ __forceinline__ float of_own(const float (&values)[4]) const {
-    const float first = lane_ % 2 ? values[1] : values[0];
-    const float second = lane_ % 2 ? values[3] : values[2];
-    return own_tile() ? second : first;
-  }
-
-  // The sum of values[the lane's place in its quad] over the quad: what is not the lane's own goes to those
-  // it belongs to, halves first.
-  __device__ __forceinline__ float quad_sum_of_own(const float (&values)[4]) const {
-    const bool second = own_tile() != 0, odd = lane_ % 2 != 0;
-    float kept[2];
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      const float received = __shfl_xor_sync(0xffffffffu, second ? values[k] : values[2 + k], 2);
-      kept[k] = (second ? values[2 + k] : values[k]) + received;
-    }
-    const float received = __shfl_xor_sync(0xffffffffu, odd ? kept[0] : kept[1], 1);
-    return (odd ? kept[1] : kept[0]) + received;
+  // The sum of values[the lane's own row] over the quad: the other's goes to a lane that it belongs to.
+  __device__ __forceinline__ float quad_sum_of_own(const float (&values)[2]) const {
+    const bool second = own_row() != 0;
+    const float received = __shfl_xor_sync(0xffffffffu, second ? values[0] : values[1], 1);
+    const float sum = (second ? values[1] : values[0]) + received;
+    return sum + __shfl_xor_sync(0xffffffffu, sum, 2);
   }
 
   const Arguments& a_;
   const int lane_;
   int row_ = 0;  // the lane's own
-  bool maps_ = false;
-  float reference_ = 0.0f;
+  bool writes_ = false;
+  float label_logit_ = 0.0f;
   MaxSum running_ = MaxSum::none();
 };
 

@@ -10,7 +10,7 @@
 // adversarial orders by the same functions.
 namespace cce {
 
-// Visiting tokens that one item takes to a vocab tile.
+// Visits that one item takes to a strip.
 constexpr int kVisitRows = 128;
 // Columns of D that a slice of an item's second product has.
 constexpr int kVisitSlice = 128;
@@ -21,16 +21,23 @@ constexpr int kRoundRows = 64;
 // Buffers of the ring that the chunks' dz take in turns. With three the dz of a chunk is done while that of
 // the next is computed, before its dC is wanted.
 constexpr int kVisitBuffers = 3;
-// A chunk holds so many visits a token: an item for each multiprocessor at 8192 tokens.
-constexpr int kChunkVisitsPerToken = 2;
+// A chunk holds so many entries of dz a token: about an item for each multiprocessor at 8192 tokens.
+constexpr int kChunkEntriesPerToken = 384;
 // dE's sums are borrowed from dC where they take one row in so many of it, whose logits are computed twice.
 constexpr int kLeastLenders = 6;
 
+// How a kernel takes the vocabulary: strips of columns, each a whole number of them to a vocab tile, and how
+// many rows its dz in the ring begin at multiples of.
+struct VisitShape {
+  int columns;
+  int ring_rows;
+};
+
 enum class VisitWork : uint32_t {
-  kVisits,     // the part-th kVisitRows of the tile's visits: their dz for dC, and their dE
+  kVisits,     // the part-th kVisitRows of the strip's visits: their dz for dC, and their dE
   kVisitsOfC,  // the same without their dE
   kVisitsOfE,  // the same for dE only
-  kGradC,      // the tile's dC, in the part-th slices_per_item() of D
+  kGradC,      // the strip's dC, in the part-th slices_per_item() of D
   kRound,      // dE of the part-th kRoundRows tokens, from its sums
 };
 
@@ -38,7 +45,7 @@ enum class VisitWork : uint32_t {
 CCE_HOST_DEVICE constexpr bool adds_to_e(VisitWork work) {
   return work == VisitWork::kVisits || work == VisitWork::kVisitsOfE;
 }
-// Whether the item leaves its visits' dz in the ring, for the tile's items of dC.
+// Whether the item leaves its visits' dz in the ring, for the strip's items of dC.
 CCE_HOST_DEVICE constexpr bool leaves_dz(VisitWork work) {
   return work == VisitWork::kVisits || work == VisitWork::kVisitsOfC;
 }
@@ -53,10 +60,10 @@ CCE_HOST_DEVICE constexpr int gate_of_dz(int chunk) { return 2 + 2 * chunk; }
 CCE_HOST_DEVICE constexpr int gate_of_dc(int chunk) { return 3 + 2 * chunk; }
 
 struct VisitItem {
-  int tile;
+  int strip;
   VisitWork work : 3;
   uint32_t part : 29;
-  uint32_t first_row;  // of the tile's dz in the ring
+  uint32_t first_row;  // of the strip's dz in the ring
   int gate;            // it belongs to; what adds to dE belongs to kGateOfE as well
   int needs[2];        // gates that must be open before it begins, or kNoGate
 };
@@ -70,50 +77,69 @@ CCE_HOST_DEVICE constexpr int second_gate(const VisitItem& item) {
 
 struct VisitLayout {
   int n, v, d;
-  int tiles;
+  int columns;          // of a strip
+  int strips;
+  int strips_per_tile;
   int slices;  // of D, for items of dC; 0 where neither dC nor dbias is wanted
   bool need_e;
-  // Tiles from here on lend their rows of dC to dE's sums (fp32, [n, d]), which begin at element `sums_begin`
-  // of dC; `tiles`: none do.
+  // Rows after a strip's visits that are the control variate's: 1 where dC or dbias is wanted. Its dz are the
+  // tile's weights, its token the sum of the tokens by their residual masses.
+  int centroids;
+  // Strips from here on lend their rows of dC to dE's sums (fp32, [n, d]), which begin at element
+  // `sums_begin` of dC; `strips`: none do.
   int first_borrowed;
   int64_t sums_begin;
-  uint32_t capacity;  // rows of dz after which a new chunk begins: no tile has more
-  uint32_t buffer;    // rows of one of the ring's buffers: a chunk's last tile may go beyond its capacity
+  uint32_t ring_pad;  // a strip's rows of the ring are a multiple of this
+  uint32_t capacity;  // rows of dz after which a new chunk begins: no strip has more
+  uint32_t buffer;    // rows of one of the ring's buffers: a chunk's last strip may go beyond its capacity
   int64_t max_chunks, max_items;
 
-  CCE_HOST_DEVICE bool borrows() const { return first_borrowed < tiles; }
+  CCE_HOST_DEVICE bool borrows() const { return first_borrowed < strips; }
   CCE_HOST_DEVICE int64_t ring_rows() const {
     return slices == 0 ? 0 : kVisitBuffers * static_cast<int64_t>(buffer);
   }
   CCE_HOST_DEVICE int64_t max_gates() const { return 2 + 2 * max_chunks; }
+  CCE_HOST_DEVICE int tile_of(int strip) const { return strip / strips_per_tile; }
+  // Rows of a strip: its tile's visits, by their counts, and the control variate's.
+  CCE_HOST_DEVICE uint32_t rows_of(const uint32_t* counts, int strip) const {
+    return counts[tile_of(strip)] + static_cast<uint32_t>(centroids);
+  }
+  CCE_HOST_DEVICE uint32_t padded(uint32_t rows) const { return (rows + ring_pad - 1) / ring_pad * ring_pad; }
 };
 
-inline VisitLayout visit_layout(int64_t n, int64_t d, int64_t v, bool need_e, bool need_c, bool need_bias) {
+inline VisitLayout visit_layout(int64_t n, int64_t d, int64_t v, bool need_e, bool need_c, bool need_bias,
+                                const VisitShape& shape) {
   const auto ceil_div = [](int64_t x, int64_t y) { return (x + y - 1) / y; };
   VisitLayout layout{};
   layout.n = static_cast<int>(n);
   layout.v = static_cast<int>(v);
   layout.d = static_cast<int>(d);
-  const int64_t tiles = ceil_div(v, kTileColumns);
-  layout.tiles = static_cast<int>(tiles);
+  layout.columns = shape.columns;
+  layout.strips_per_tile = kTileColumns / shape.columns;
+  layout.ring_pad = static_cast<uint32_t>(shape.ring_rows);
+  const int64_t strips = ceil_div(v, shape.columns);
+  layout.strips = static_cast<int>(strips);
   layout.slices = need_c || need_bias ? static_cast<int>(ceil_div(d, kVisitSlice)) : 0;
   layout.need_e = need_e;
-  layout.first_borrowed = layout.tiles;
+  layout.centroids = layout.slices == 0 ? 0 : 1;
+  layout.first_borrowed = layout.strips;
   // Two rows of dC, in 16 bits, hold the sums of one token.
   if (need_e && need_c && 2 * n * kLeastLenders <= v) {
     layout.sums_begin = (v - 2 * n) * d;
-    layout.first_borrowed = static_cast<int>((v - 2 * n) / kTileColumns);
+    layout.first_borrowed = static_cast<int>((v - 2 * n) / shape.columns);
   }
-  layout.capacity = static_cast<uint32_t>(kChunkVisitsPerToken * n);
-  layout.buffer = layout.capacity + static_cast<uint32_t>(n);
-  // The tiles that lend begin a chunk of their own.
-  layout.max_chunks = tiles * n / layout.capacity + 2;
-  layout.max_items = (2 * tiles - layout.first_borrowed) * ceil_div(n, kVisitRows) + tiles * layout.slices +
-                     (need_e ? ceil_div(n, kRoundRows) : 0);
+  const uint32_t most = layout.padded(static_cast<uint32_t>(n + layout.centroids));
+  const auto chunk = static_cast<uint32_t>(ceil_div(kChunkEntriesPerToken * n, shape.columns));
+  layout.capacity = layout.padded(chunk < most ? most : chunk);
+  layout.buffer = layout.capacity + most;
+  // The strips that lend begin a chunk of their own.
+  layout.max_chunks = strips * most / layout.capacity + 2;
+  layout.max_items = (2 * strips - layout.first_borrowed) * ceil_div(n + layout.centroids, kVisitRows) +
+                     strips * layout.slices + (need_e ? ceil_div(n, kRoundRows) : 0);
   return layout;
 }
 
-// ---- What an item touches; `visits` is the number of its tile's visits ----
+// ---- What an item touches; `visits` is the number of its strip's rows ----
 
 struct VisitRange {
   int64_t begin, end;
@@ -123,13 +149,13 @@ CCE_HOST_DEVICE constexpr VisitRange visit_range(int64_t begin, int64_t size, in
   return {begin < end ? begin : end, begin + size < end ? begin + size : end};
 }
 
-// An item of dz: its visits, counted within the tile; with leaves_dz() it writes the ring's rows
+// An item of dz: its visits, counted within the strip; with leaves_dz() it writes the ring's rows
 // item.first_row + these.
 CCE_HOST_DEVICE constexpr VisitRange visits_of(const VisitItem& item, uint32_t visits) {
   return visit_range(static_cast<int64_t>(item.part) * kVisitRows, kVisitRows, visits);
 }
 
-// Slices in each of a tile's items of dC.
+// Slices in each of a strip's items of dC.
 CCE_HOST_DEVICE constexpr int slices_per_item(uint32_t visits, int slices) {
   const uint32_t stages = visits <= 64 ? 1 : (visits + 63) / 64;
   const int most = static_cast<int>(kVisitItemStages / stages);
@@ -137,7 +163,7 @@ CCE_HOST_DEVICE constexpr int slices_per_item(uint32_t visits, int slices) {
 }
 
 // An item of dC: its slices of D. It reads the ring's rows item.first_row + [0, visits) and writes these
-// slices of the tile's rows of dC; the one with slice 0 also writes dbias.
+// slices of the strip's rows of dC; the one with slice 0 also writes dbias.
 CCE_HOST_DEVICE constexpr VisitRange slices_of(const VisitItem& item, uint32_t visits, int slices) {
   const int64_t each = slices_per_item(visits, slices);
   return visit_range(item.part * each, each, slices);
@@ -148,7 +174,7 @@ CCE_HOST_DEVICE constexpr VisitRange tokens_of(const VisitItem& item, int n) {
   return visit_range(static_cast<int64_t>(item.part) * kRoundRows, kRoundRows, n);
 }
 
-// How many items a tile has of each kind.
+// How many items a strip has of each kind.
 CCE_HOST_DEVICE constexpr uint32_t items_of_dz(uint32_t visits) {
   return (visits + kVisitRows - 1) / kVisitRows;
 }

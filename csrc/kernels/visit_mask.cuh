@@ -1,26 +1,36 @@
 #pragma once
 
-#include <cuda_bf16.h>
-
 #include <cstdint>
 
-#include "kernels/tile_map.cuh"
 #include "kernels/visits_config.h"
+#include "tile/element.cuh"
 #include "tile/gradient_row.cuh"
 #include "tile/sampling.h"
+#include "tile/softcap.cuh"
+#include "tile/tile_map.h"
 
 namespace cce {
 
+template <typename Element>
 struct VisitMaskArguments {
-  const GradientRow* rows;        // [n]
-  const float* nll;               // [n]
-  const __nv_bfloat16* tile_map;  // [tiles, n]
-  const int64_t* seed;            // one
-  float log_rate;                 // log(1/eps - 1)
+  const GradientRow* rows;   // [n]
+  const float* nll;          // [n]: the tile map's reference is so far below the log-sum-exp
+  const uint16_t* tile_map;  // [tiles, n]
+  const int64_t* seed;       // one
+  const uint32_t* largest;
+  VisitRate rate;
+  Softcap softcap;
   int n, tiles;
-  uint32_t* mask;    // [tiles, mask_words(n)]
-  uint32_t* counts;  // [tiles], 0 before
+  uint32_t* mask;        // [tiles, mask_words(n)]
+  uint32_t* counts;      // [tiles], 0 before
+  Element* residual;     // [tiles, residual_stride], scaled
+  int residual_stride;   // n, rounded up; what is past n becomes 0
 };
+
+// The mean of softcap's slope over a tile, about: that at the logit of a single column with the tile's norm.
+__device__ __forceinline__ float slope_of_tile(const TileShare& share, float lse, const Softcap& softcap) {
+  return softcap.present() ? softcap.slope(lse + kLn2 * share.log2_norm) : 1.0f;
+}
 
 __device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t x, int lane) {
 #pragma unroll
@@ -31,10 +41,12 @@ __device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t x, int lane) {
   return x;
 }
 
-// A warp takes a cell of 128 tokens by 32 tiles: see tile/sampling.h. The grid is a line of blocks, tokens
-// before tiles: its other dimensions end at 65535.
-static __global__ void __launch_bounds__(kMaskThreads)
-    visit_mask_kernel(const __grid_constant__ VisitMaskArguments a) {
+// Finds the visits and the residual masses, a m (1 - w) with w = visited / q: what the control variate gives
+// the centroid of a tile, so that its expectation is 0. A warp takes a cell of 128 tokens by 32 tiles: see
+// tile/sampling.h. The grid is a line of blocks, tokens before tiles: its other dimensions end at 65535.
+template <typename Element>
+__global__ void __launch_bounds__(kMaskThreads)
+    visit_mask_kernel(const __grid_constant__ VisitMaskArguments<Element> a) {
   constexpr int kWords = kChainTokens / kMaskBits;
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
   const unsigned token_blocks = static_cast<unsigned>(a.n + kMaskTokens - 1) / kMaskTokens;
@@ -43,11 +55,12 @@ static __global__ void __launch_bounds__(kMaskThreads)
   const int first = block * kChainTokens;
   if (first >= a.n) return;
   const int64_t seed = *a.seed;
+  const GradientScale<Element> scale(*a.largest);
   const int begin = static_cast<int>(blockIdx.x / token_blocks) * kChainTiles;
   const int end = min(begin + kChainTiles, a.tiles);
   // A lane's tokens are 32 apart, so that a ballot is a word.
   bool live[kWords];
-  float nll[kWords];
+  float log2_reference[kWords], weight[kWords], lse[kWords];
   int label_tile[kWords];
   uint32_t chain[kWords];
 #pragma unroll
@@ -56,7 +69,9 @@ static __global__ void __launch_bounds__(kMaskThreads)
     const bool inside = token < a.n;
     const GradientRow row = inside ? a.rows[token] : GradientRow{0.0f, 0.0f, 0.0f, -1};
     live[k] = row.live();
-    nll[k] = inside ? a.nll[token] : 0.0f;
+    log2_reference[k] = inside ? a.nll[token] * kLog2E : 0.0f;
+    weight[k] = row.a * scale.factor;
+    lse[k] = row.lse2 * kLn2;
     label_tile[k] = row.label < 0 ? -1 : row.label / kTileColumns;
     chain[k] = token_chain(row_key(seed, static_cast<uint32_t>(token)), begin);
   }
@@ -64,15 +79,22 @@ static __global__ void __launch_bounds__(kMaskThreads)
   const uint32_t tile_chains = tile_chain(seed, begin + lane, block);
   const int words = mask_words(a.n);
   for (int tile = begin; tile < end; ++tile) {
-    const __nv_bfloat16* map = a.tile_map + static_cast<int64_t>(tile) * a.n + first + lane;
+    const uint16_t* map = a.tile_map + static_cast<int64_t>(tile) * a.n + first + lane;
     uint32_t step[kWords];
     bool visit[kWords];
+    float q[kWords], mass[kWords];
 #pragma unroll
     for (int k = 0; k < kWords; ++k) {
-      float q = tile == label_tile[k] ? 1.0f : 0.0f;
-      if (live[k] && q == 0.0f) q = probability_of_visit(map[k * kMaskBits], nll[k], a.log_rate);
-      visit[k] = live[k] && q == 1.0f;
-      step[k] = live[k] ? visit_step(q) : 0;
+      // In the label's tile there is nothing to make up for.
+      q[k] = 1.0f;
+      mass[k] = 0.0f;
+      if (live[k] && tile != label_tile[k]) {
+        const TileShare share = decode_tile(map[k * kMaskBits], log2_reference[k]);
+        q[k] = a.rate.probability(share);
+        mass[k] = tile_mass(share) * slope_of_tile(share, lse[k], a.softcap);
+      }
+      visit[k] = live[k] && q[k] == 1.0f;
+      step[k] = live[k] ? visit_step(q[k]) : 0;
     }
     if (chain_of_token(block, tile)) {
 #pragma unroll
@@ -91,7 +113,16 @@ static __global__ void __launch_bounds__(kMaskThreads)
     }
     uint32_t word[kWords];
 #pragma unroll
-    for (int k = 0; k < kWords; ++k) word[k] = __ballot_sync(0xffffffffu, visit[k]);
+    for (int k = 0; k < kWords; ++k) {
+      word[k] = __ballot_sync(0xffffffffu, visit[k]);
+      const int token = first + k * kMaskBits + lane;
+      if (token < a.residual_stride) {
+        const float part = mass[k] * (visit[k] ? 1.0f - 1.0f / q[k] : 1.0f);
+        // Where nothing is left, the weight may be anything, NaN as well.
+        a.residual[static_cast<int64_t>(tile) * a.residual_stride + token] =
+            narrow<Element>(part == 0.0f ? 0.0f : weight[k] * part);
+      }
+    }
     static_assert(kWords == 4, "a warp writes four words");
     if (lane == 0) {
       *reinterpret_cast<uint4*>(a.mask + static_cast<int64_t>(tile) * words + first / kMaskBits) =

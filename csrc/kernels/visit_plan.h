@@ -17,9 +17,9 @@ struct VisitControl {
 
 struct VisitPlanArguments {
   VisitLayout layout;
-  const uint32_t* counts;  // [tiles]: each one's visits
+  const uint32_t* counts;  // [tiles]: each one's visits, without the control variate's row
   VisitControl* control;
-  int* order;              // scratch: [tiles]
+  int* order;              // scratch: [strips]
   uint32_t* chunk_begins;  // scratch: [chunks + 1, 2]: items of dz and of dC before each chunk
   uint32_t* pending;       // [gates]: items of each that are not done
   VisitItem* items;
@@ -32,11 +32,11 @@ struct VisitPlanShared {
   struct {
     unsigned long long rows;
     uint32_t dz, chunks;
-  } plain;  // of the tiles that lend nothing
+  } plain;  // of the strips that lend nothing
   uint32_t chunks;
 };
 
-// Tiles with fewer visits have a higher class: 32 less the bits that the number takes.
+// Strips with fewer visits have a higher class: 32 less the bits that the number takes.
 CCE_HOST_DEVICE inline int visit_size_class(uint32_t visits) {
 #if defined(__CUDA_ARCH__)
   return __clz(static_cast<int>(visits));
@@ -49,32 +49,31 @@ CCE_HOST_DEVICE inline int visit_size_class(uint32_t visits) {
 
 // Lists the items, and how many belong to each gate.
 //
-// Tiles in order of falling size are cut into chunks of about `capacity` visits. The items come in the order
+// Strips in order of falling size are cut into chunks of about `capacity` rows. The items come in the order
 // dz 0, dz 1, dC 0, dz 2, dC 1, dz 3 ..; a chunk's dC needs its dz, and its dz needs that the ring's buffer
-// is free: dC of the chunk three before, and of the one six before as well. The first would be enough if
-// every chunk had dz, which itself waits; but the last chunk before the tiles that lend may consist of tiles
-// that nobody visits, whose dC waits for nothing. All that an item needs comes before it in the list.
+// is free: dC of the chunk three before. Every strip has a row, the control variate's, so that every chunk
+// has dz, which waits; its dC thereby stands for that of all chunks before. All that an item needs comes
+// before it in the list.
 //
-// Where tiles lend their rows of dC to dE's sums, these tiles make the last chunks. What they owe to dE is
+// Where strips lend their rows of dC to dE's sums, these strips make the last chunks. What they owe to dE is
 // added at the very first; dE is rounded after the last dz of the others, and then theirs is computed a
-// second time, for their dC. Their dC waits for the rounding by a gate of its own: a tile without a visit has
-// no dz that would have waited for it.
+// second time, for their dC, which waits for the rounding by a gate of its own.
 //
 // Block is a block of threads: thread(), threads(), sync(), add() to a counter, and exclusive_sum() over the
 // threads.
 template <typename Block>
 CCE_HOST_DEVICE void plan_visit_items(Block& block, const VisitPlanArguments& a, VisitPlanShared& shared) {
   const VisitLayout& layout = a.layout;
-  const int thread = block.thread(), threads = block.threads(), tiles = layout.tiles;
+  const int thread = block.thread(), threads = block.threads(), strips = layout.strips;
 
-  // Tiles that lend come last. Before that, the largest first.
-  const auto class_of = [&](int tile) {
-    return (tile < layout.first_borrowed ? 0 : kVisitSizes) + visit_size_class(a.counts[tile]);
+  // Strips that lend come last. Before that, the largest first.
+  const auto class_of = [&](int strip) {
+    return (strip < layout.first_borrowed ? 0 : kVisitSizes) + visit_size_class(layout.rows_of(a.counts, strip));
   };
   for (int k = thread; k < 2 * kVisitSizes; k += threads) shared.class_first[k] = 0;
   if (thread == 0) shared.plain = {0, 0, 0};
   block.sync();
-  for (int tile = thread; tile < tiles; tile += threads) block.add(&shared.class_first[class_of(tile)], 1);
+  for (int strip = thread; strip < strips; strip += threads) block.add(&shared.class_first[class_of(strip)], 1);
   block.sync();
   if (thread == 0) {
     uint32_t before = 0;
@@ -85,19 +84,19 @@ CCE_HOST_DEVICE void plan_visit_items(Block& block, const VisitPlanArguments& a,
     }
   }
   block.sync();
-  for (int tile = thread; tile < tiles; tile += threads) {
-    a.order[block.add(&shared.class_first[class_of(tile)], 1)] = tile;
+  for (int strip = thread; strip < strips; strip += threads) {
+    a.order[block.add(&shared.class_first[class_of(strip)], 1)] = strip;
   }
   block.sync();
 
   // Each thread takes neighbours in that order.
-  const int share = (tiles + threads - 1) / threads;
-  const int first = thread * share < tiles ? thread * share : tiles;
-  const int end = first + share < tiles ? first + share : tiles;
+  const int share = (strips + threads - 1) / threads;
+  const int first = thread * share < strips ? thread * share : strips;
+  const int end = first + share < strips ? first + share : strips;
   unsigned long long rows = 0, dz = 0, dc = 0;
   for (int k = first; k < end; ++k) {
-    const uint32_t visits = a.counts[a.order[k]];
-    rows += visits;
+    const uint32_t visits = layout.rows_of(a.counts, a.order[k]);
+    rows += layout.padded(visits);
     dz += items_of_dz(visits);
     dc += items_of_dc(visits, layout.slices);
   }
@@ -110,9 +109,9 @@ CCE_HOST_DEVICE void plan_visit_items(Block& block, const VisitPlanArguments& a,
     unsigned long long row = rows;
     uint32_t dz_before = static_cast<uint32_t>(dz);
     for (int k = first; k < layout.first_borrowed; ++k) {
-      const uint32_t visits = a.counts[a.order[k]];
+      const uint32_t visits = layout.rows_of(a.counts, a.order[k]);
       shared.plain.chunks = static_cast<uint32_t>(row / layout.capacity) + 1;
-      row += visits;
+      row += layout.padded(visits);
       dz_before += items_of_dz(visits);
     }
     shared.plain.rows = row;
@@ -128,28 +127,28 @@ CCE_HOST_DEVICE void plan_visit_items(Block& block, const VisitPlanArguments& a,
     return static_cast<uint32_t>(row / layout.capacity) + (lends ? plain_chunks : 0);
   };
 
-  // What comes before each chunk. A tile has at most `capacity` visits, so that no chunk is left out.
+  // What comes before each chunk. A strip has at most `capacity` rows, so that no chunk is left out.
   unsigned long long row = rows;
   uint32_t dz_before = static_cast<uint32_t>(dz), dc_before = static_cast<uint32_t>(dc);
   for (int k = first; k < end; ++k) {
-    const uint32_t visits = a.counts[a.order[k]];
+    const uint32_t visits = layout.rows_of(a.counts, a.order[k]);
     uint32_t row_in_chunk;
     const uint32_t chunk = place_of(k, row, row_in_chunk);
-    const bool begins = k == 0 || chunk != place_of(k - 1, row - a.counts[a.order[k - 1]], row_in_chunk);
+    const bool begins = k == 0 || chunk != place_of(k - 1, row - layout.padded(layout.rows_of(a.counts, a.order[k - 1])), row_in_chunk);
     if (begins) {
       a.chunk_begins[2 * chunk] = dz_before;
       a.chunk_begins[2 * chunk + 1] = dc_before;
     }
-    if (k == tiles - 1) {
+    if (k == strips - 1) {
       shared.chunks = chunk + 1;
       a.chunk_begins[2 * (chunk + 1)] = static_cast<uint32_t>(all_dz);
       a.chunk_begins[2 * (chunk + 1) + 1] = static_cast<uint32_t>(all_dc);
     }
-    row += visits;
+    row += layout.padded(visits);
     dz_before += items_of_dz(visits);
     dc_before += items_of_dc(visits, layout.slices);
   }
-  // Items that add to dE alone for tiles that lend: the first of all.
+  // Items that add to dE alone for strips that lend: the first of all.
   const uint32_t of_e = layout.borrows() ? static_cast<uint32_t>(all_dz) - plain_dz : 0;
   const uint32_t rounds = layout.need_e ? (static_cast<uint32_t>(layout.n) + kRoundRows - 1) / kRoundRows : 0;
   if (thread == 0) a.control->items = of_e + static_cast<uint32_t>(all_dz + all_dc) + rounds;
@@ -182,10 +181,10 @@ CCE_HOST_DEVICE void plan_visit_items(Block& block, const VisitPlanArguments& a,
   dz_before = static_cast<uint32_t>(dz);
   dc_before = static_cast<uint32_t>(dc);
   for (int k = first; k < end; ++k) {
-    const int tile = a.order[k];
-    const uint32_t visits = a.counts[tile];
+    const int strip = a.order[k];
+    const uint32_t visits = layout.rows_of(a.counts, strip);
     VisitItem item;
-    item.tile = tile;
+    item.strip = strip;
     uint32_t row_in_chunk;
     const uint32_t chunk = place_of(k, row, row_in_chunk);
     const int chunk_number = static_cast<int>(chunk);
@@ -206,7 +205,7 @@ CCE_HOST_DEVICE void plan_visit_items(Block& block, const VisitPlanArguments& a,
                                         : VisitWork::kVisits;
     item.gate = leaves_dz(item.work) ? gate_of_dz(chunk_number) : kGateOfE;
     item.needs[0] = chunk < kVisitBuffers ? kNoGate : gate_of_dc(chunk_number - kVisitBuffers);
-    item.needs[1] = chunk < 2 * kVisitBuffers ? kNoGate : gate_of_dc(chunk_number - 2 * kVisitBuffers);
+    item.needs[1] = kNoGate;
     const uint32_t at_dz = begin_of_dz(chunk) + dz_before - a.chunk_begins[2 * chunk];
     for (uint32_t part = 0; part < parts; ++part) {
       item.part = part;
@@ -222,12 +221,12 @@ CCE_HOST_DEVICE void plan_visit_items(Block& block, const VisitPlanArguments& a,
       item.part = part;
       a.items[at_dc + part] = item;
     }
-    row += visits;
+    row += layout.padded(visits);
     dz_before += parts;
     dc_before += groups;
   }
   VisitItem item;
-  item.tile = 0;
+  item.strip = 0;
   item.work = VisitWork::kRound;
   item.first_row = 0;
   item.gate = kGateOfRounding;

@@ -26,51 +26,41 @@ struct VisitQueueArguments {
 };
 
 // The list of items, from which blocks take one after the other. A block that took an item waits for items
-// before it in the list alone, which running blocks hold: some block can always go on.
+// before it in the list alone, which running blocks hold and do in the list's order: some block can always go
+// on. Of a block, one thread calls this; a barrier on its other side orders what the whole block reads and
+// writes.
 class VisitQueue {
  public:
-  __device__ __forceinline__ VisitQueue(const VisitQueueArguments& a, VisitQueueShared& shared)
-      : a_(a), shared_(shared) {}
+  __device__ __forceinline__ explicit VisitQueue(const VisitQueueArguments& a) : a_(a) {}
 
-  // Takes the next item and waits for the gates that it needs; false if there is none. All threads call this.
-  // Thread 0's acquire and the barrier order what the whole block reads and writes afterwards.
-  __device__ __forceinline__ bool take() {
-    if (threadIdx.x == 0) {
-      const uint32_t index = atomicAdd(&a_.control->taken, 1u);
-      shared_.more = index < a_.control->items;
-      if (shared_.more) {
-        shared_.item = a_.items[index];
-        for (const int gate : shared_.item.needs) {
-          if (gate != kNoGate) wait_for(gate, index);
-        }
-      }
+  // Takes the next item and waits for the gates that it needs; false if there is none.
+  __device__ __forceinline__ bool take(VisitItem& item) const {
+    const uint32_t index = atomicAdd(&a_.control->taken, 1u);
+    if (index >= a_.control->items) return false;
+    item = a_.items[index];
+    for (const int gate : item.needs) {
+      if (gate != kNoGate) wait_for(gate, item, index);
     }
-    __syncthreads();
-    return shared_.more;
+    return true;
   }
 
-  __device__ __forceinline__ const VisitItem& item() const { return shared_.item; }
-
-  // Ends the item that was taken. All threads call this: what they wrote is seen by whoever waits for its
-  // gates.
-  __device__ __forceinline__ void finish() {
-    __syncthreads();
-    if (threadIdx.x != 0) return;
+  // Ends an item: what was written is seen by whoever waits for its gates.
+  __device__ __forceinline__ void finish(const VisitItem& item) const {
     constexpr uint32_t kOneLess = ~0u;
-    ptx::add_release(a_.pending + shared_.item.gate, kOneLess);
-    const int second = second_gate(shared_.item);
+    ptx::add_release(a_.pending + item.gate, kOneLess);
+    const int second = second_gate(item);
     if (second != kNoGate) ptx::add_release(a_.pending + second, kOneLess);
   }
 
  private:
-  __device__ __forceinline__ void wait_for(int gate, uint32_t index) {
+  __device__ __forceinline__ void wait_for(int gate, const VisitItem& item, uint32_t index) const {
     const bool limited = a_.wait_nanoseconds >= 0;
     const uint64_t begin = limited ? ptx::global_nanoseconds() : 0;
     while (const uint32_t pending = ptx::load_acquire(a_.pending + gate)) {
       __nanosleep(100);
       if (limited && ptx::global_nanoseconds() - begin > static_cast<uint64_t>(a_.wait_nanoseconds)) {
         // Says what it waits for and stops the kernel.
-        *a_.gave_up = {1, index, shared_.item, gate, pending};
+        *a_.gave_up = {1, index, item, gate, pending};
         __threadfence_system();
         ptx::trap();
       }
@@ -78,7 +68,6 @@ class VisitQueue {
   }
 
   const VisitQueueArguments& a_;
-  VisitQueueShared& shared_;
 };
 
 }  // namespace cce

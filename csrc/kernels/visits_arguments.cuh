@@ -1,14 +1,13 @@
 #pragma once
 
-#include <cuda_bf16.h>
-
 #include <cstdint>
 
-#include "kernels/logits_sm80.cuh"
+#include "kernels/copy_rows.cuh"
 #include "kernels/visit_queue.cuh"
 #include "kernels/visits_config.h"
 #include "tile/gradient_row.cuh"
 #include "tile/softcap.cuh"
+#include "tile/tile_map.h"
 
 namespace cce {
 
@@ -22,12 +21,18 @@ struct VisitsArguments {
   int d, stages;
   const GradientRow* rows;        // [n]
   const float* nll;               // [n]
-  const __nv_bfloat16* tile_map;  // [tiles, n]
+  const uint16_t* tile_map;       // [tiles, n]
   const uint32_t* mask;           // [tiles, mask_words(n)]
   const uint32_t* counts;         // [tiles]
   VisitQueueArguments queue;
-  float log_rate;      // log(1/eps - 1)
-  Element* dz;         // the ring: [buffers, 128], scaled
+  VisitRate rate;
+  VisitLayout layout;
+  // The control variate of dC: each tile's weights, times centroid_weight_scale(), the sum of the tokens by
+  // their residual masses, scaled and divided by it, and the sum of these masses, scaled.
+  const Element* weights;         // [tiles, kTileColumns]
+  const Element* residual_e;      // [tiles, d]
+  const float* residual_sums;     // [tiles], where dbias is wanted
+  Element* dz;         // the ring: [buffers, columns of a strip], scaled
   int* tokens;         // the ring: whose dz it is
   float* sum_e;        // [n, d], scaled, added to; it may lie in grad_c
   Element* grad_e;     // [n, d]

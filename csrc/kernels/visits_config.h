@@ -23,7 +23,11 @@ CCE_HOST_DEVICE constexpr int mask_words(int n) {
   return (n + kChainTokens - 1) / kChainTokens * (kChainTokens / kMaskBits);
 }
 
-// ---- The kernel ----
+// ---- The kernel on mma.sync ----
+
+// Half a vocab tile at a time, so that two stages and dz fit the smallest shared memory.
+constexpr int kVisitColumns = 128;
+constexpr VisitShape kVisitShape = {kVisitColumns, 1};
 
 constexpr int kVisitWarpsM = 2;
 constexpr int kVisitWarpsN = 4;
@@ -35,8 +39,9 @@ constexpr int kVisitGradientBytes = 2 * kVisitTileBytes;  // dz, 128 by 128
 // What dz of one visiting token needs: dz = weight p - b [column = label], p = 2^(z log2 e - lse2).
 struct alignas(16) VisitRow {
   float weight, b, lse2;
-  int label;  // its column in the tile, or -1
+  int label;  // its column in the strip, or -1; kCentroidRow: dz are the tile's weights instead
 };
+constexpr int kCentroidRow = -2;
 
 struct VisitQueueShared {
   VisitItem item;
@@ -45,9 +50,9 @@ struct VisitQueueShared {
 
 // Shared memory: the ring of stages, then this.
 struct VisitsShared {
-  alignas(128) unsigned char dz[kVisitGradientBytes];  // [2 halves of the tile][128 tokens][64], swizzled
+  alignas(128) unsigned char dz[kVisitGradientBytes];  // [2 halves of the strip][128 tokens][64], swizzled
   VisitRow rows[kVisitRows];
-  int tokens[kVisitRows];  // -1 past the item's last
+  int tokens[kVisitRows];  // -1 past the item's last; n: the control variate's
   uint32_t scan[kVisitThreads / kWarpLanes];
   VisitQueueShared queue;
 };

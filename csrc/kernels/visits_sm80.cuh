@@ -1,15 +1,13 @@
 #pragma once
 
-#include <cuda_bf16.h>
-
 #include <cmath>
 #include <cstdint>
 
+#include "kernels/centroids.cuh"
 #include "kernels/copy_rows.cuh"
 #include "kernels/finish_logits.cuh"
 #include "kernels/gradient.cuh"
 #include "kernels/gradient_small.cuh"
-#include "kernels/tile_map.cuh"
 #include "kernels/visits_arguments.cuh"
 #include "kernels/visits_config.h"
 #include "ptx/copy.cuh"
@@ -18,10 +16,12 @@
 #include "tile/ring.cuh"
 #include "tile/warp_product.cuh"
 
-// The gradient of the visited pairs. An item of dz gathers up to 128 of a tile's visiting tokens, recomputes
-// their logits (K = D), leaves dz in shared memory and in a scratch ring, and adds dz C_tile to their rows of
-// dE. An item of dC multiplies all of a tile's dz with the tokens' rows of E: the tile owns its rows of dC,
-// which are written once. Items of rounding end dE. Blocks take the items in the plan's order.
+// The gradient of the visited pairs, a strip of 128 columns at a time. An item of dz gathers up to 128 of the
+// tokens that visit its tile, recomputes their logits (K = D), leaves dz in shared memory and in a scratch
+// ring, and adds dz C_strip to their rows of dE. An item of dC multiplies all of a strip's dz with the tokens'
+// rows of E, and the tile's weights with the sum of E by residual masses, which is the control variate; the
+// strip owns its rows of dC, which are written once. Items of rounding end dE. Blocks take the items in the
+// plan's order.
 namespace cce {
 
 template <typename Element>
@@ -38,12 +38,12 @@ class Visits {
         thread_(static_cast<int>(threadIdx.x)),
         lane_(thread_ % kWarpLanes),
         first_m_(thread_ / kWarpLanes / kVisitWarpsN * (kVisitRows / kVisitWarpsM)),
-        first_n_(thread_ / kWarpLanes % kVisitWarpsN * (kTileColumns / kVisitWarpsN)) {}
+        first_n_(thread_ / kWarpLanes % kVisitWarpsN * (kVisitColumns / kVisitWarpsN)) {}
 
   __device__ __forceinline__ void run() {
-    VisitQueue queue(a_.queue, shared_.queue);
-    while (queue.take()) {
-      const VisitItem item = queue.item();
+    const VisitQueue queue(a_.queue);
+    while (take(queue)) {
+      const VisitItem item = shared_.queue.item;
       if (item.work == VisitWork::kGradC) {
         grad_c_rows(item);
       } else if (item.work == VisitWork::kRound) {
@@ -51,7 +51,8 @@ class Visits {
       } else {
         visit_rows(item);
       }
-      queue.finish();
+      __syncthreads();
+      if (thread_ == 0) queue.finish(item);
     }
   }
 
@@ -61,21 +62,30 @@ class Visits {
   using GradE = WarpProduct<Element, 4, 4, Major::kK, Major::kMN>;
   using GradC = WarpProduct<Element, 4, 4, Major::kMN, Major::kMN>;
 
+  // The next item in shared memory, for all threads; false if there is none.
+  __device__ __forceinline__ bool take(const VisitQueue& queue) {
+    if (thread_ == 0) shared_.queue.more = queue.take(shared_.queue.item);
+    __syncthreads();
+    return shared_.queue.more;
+  }
+
   // ---- dz and dE ----
 
   __device__ __forceinline__ void visit_rows(const VisitItem& item) {
     const int count = find_tokens(item);
-    const int column0 = item.tile * kTileColumns;
+    const int column0 = item.strip * kVisitColumns;
     const Element* e_rows[kVisitRows / kPass];
     bool e_inside[kVisitRows / kPass];
 #pragma unroll
     for (int p = 0; p < kVisitRows / kPass; ++p) {
       const int token = shared_.tokens[Lane::row() + p * kPass];
-      e_inside[p] = token >= 0;
-      e_rows[p] = a_.e.data + max(token, 0) * a_.e.stride + Lane::column();
+      e_inside[p] = is_token(token);
+      e_rows[p] = a_.e.data + (e_inside[p] ? token : 0) * a_.e.stride + Lane::column();
     }
-    const int depth_steps = (a_.d + kDepth - 1) / kDepth;
-    const int slices = adds_to_e(item.work) ? (a_.d + kVisitSlice - 1) / kVisitSlice : 0;
+    // The control variate's row alone has neither logits nor dE.
+    const bool visited = is_token(shared_.tokens[0]);
+    const int depth_steps = visited ? (a_.d + kDepth - 1) / kDepth : 0;
+    const int slices = visited && adds_to_e(item.work) ? (a_.d + kVisitSlice - 1) / kVisitSlice : 0;
     const int m_tiles = min(max((count - first_m_ + 15) / 16, 0), 4);
 
     int sent = 0;
@@ -88,7 +98,7 @@ class Visits {
           ptx::cp_async_16(Lane::destination(stage, p), e_rows[p] + k,
                            e_inside[p] && k + Lane::column() < a_.d);
         }
-        copy_rows_of_mn<kTileColumns>(stage + kVisitTileBytes, a_.c, column0, k, a_.d);
+        copy_rows_of_mn<kVisitColumns>(stage + kVisitTileBytes, a_.c, column0, k, a_.d);
       } else if (step < depth_steps + slices) {
         copy_slice(stage, column0, (step - depth_steps) * kVisitSlice);
       }
@@ -120,13 +130,15 @@ class Visits {
         logits.multiply(f, m_tiles);
       }
     }
-    write_dz(logits, item, item.tile * kTileColumns, count);
+    write_dz(logits, item, item.strip * kVisitColumns, count);
   }
 
-  // The item's tokens, with what their dz needs, in shared memory; returns how many there are.
+  // The item's tokens, with what their dz needs, in shared memory; returns how many there are. Behind the
+  // tile's last comes the control variate's row, number n.
   __device__ __forceinline__ int find_tokens(const VisitItem& item) {
+    const int tile = a_.layout.tile_of(item.strip);
     const int words = mask_words(a_.e.count);
-    const uint32_t* mask = a_.mask + static_cast<int64_t>(item.tile) * words;
+    const uint32_t* mask = a_.mask + static_cast<int64_t>(tile) * words;
     const int share = (words + kVisitThreads - 1) / kVisitThreads;
     const int first = min(thread_ * share, words), end = min(first + share, words);
     uint32_t mine = 0;
@@ -140,28 +152,35 @@ class Visits {
       }
     }
     __syncthreads();
-    const int count = min(static_cast<int>(total) - first_rank, kVisitRows);
+    const int visits = static_cast<int>(total) - first_rank;
+    const int count = min(visits + a_.layout.centroids, kVisitRows);
     if (thread_ < kVisitRows) {
       VisitRow row = {0.0f, 0.0f, INFINITY, -1};
-      if (thread_ < count) {
-        const int token = shared_.tokens[thread_];
+      int token = -1;
+      if (thread_ < min(visits, kVisitRows)) {
+        token = shared_.tokens[thread_];
         const GradientRow g = a_.rows[token];
-        const bool own = g.label >= 0 && g.label / kTileColumns == item.tile;
         float weight = g.a;
-        if (!own) {
-          const __nv_bfloat16 map = a_.tile_map[static_cast<int64_t>(item.tile) * a_.e.count + token];
-          weight /= probability_of_visit(map, a_.nll[token], a_.log_rate);
+        if (g.label < 0 || g.label / kTileColumns != tile) {
+          const uint16_t code = a_.tile_map[static_cast<int64_t>(tile) * a_.e.count + token];
+          weight /= a_.rate.probability(decode_tile(code, a_.nll[token] * kLog2E));
         }
-        row = {weight, g.b, g.lse2, own ? g.label % kTileColumns : -1};
-        if (leaves_dz(item.work)) a_.tokens[item.first_row + first_rank + thread_] = token;
-      } else {
-        shared_.tokens[thread_] = -1;
+        const int label = g.label - item.strip * kVisitColumns;
+        row = {weight, g.b, g.lse2, label >= 0 && label < kVisitColumns ? label : -1};
+      } else if (thread_ < count) {
+        token = a_.e.count;
+        row.label = kCentroidRow;
       }
+      if (leaves_dz(item.work) && token >= 0) a_.tokens[item.first_row + first_rank + thread_] = token;
+      shared_.tokens[thread_] = token;
       shared_.rows[thread_] = row;
     }
     __syncthreads();
     return count;
   }
+
+  // Whether the row of an item is a token's.
+  __device__ __forceinline__ bool is_token(int token) const { return token >= 0 && token < a_.e.count; }
 
   // From the finished logits: dz to shared memory and to the ring.
   __device__ __forceinline__ void write_dz(Logits& logits, const VisitItem& item, int column0, int count) {
@@ -187,30 +206,36 @@ class Visits {
           dz[side] *= scale_.factor;
         }
         const int n = first_n_ + Sums::column_offset(c);
+        uint32_t pair = pack(dz[0], dz[1], Element());
+        if (row.label == kCentroidRow) {
+          const int column = n + Sums::first_column(lane_);
+          pair = *reinterpret_cast<const uint32_t*>(
+              a_.weights + static_cast<int64_t>(item.strip) * kVisitColumns + column);
+        }
         *reinterpret_cast<uint32_t*>(shared_.dz + n / kRowElements * kVisitTileBytes +
                                      swizzled_offset(m, n % kRowElements / kChunkElements) +
-                                     Sums::first_column(lane_) * 2) = pack(dz[0], dz[1], Element());
+                                     Sums::first_column(lane_) * 2) = pair;
       }
     }
     __syncthreads();
     if (leaves_dz(item.work)) {
-      Element* out = a_.dz + (static_cast<int64_t>(item.first_row) + item.part * kVisitRows) * kTileColumns;
-      for (int index = thread_; index < count * (kTileColumns / kChunkElements); index += kVisitThreads) {
-        const int m = index / (kTileColumns / kChunkElements);
-        const int chunk = index % (kTileColumns / kChunkElements);
+      Element* out = a_.dz + (static_cast<int64_t>(item.first_row) + item.part * kVisitRows) * kVisitColumns;
+      for (int index = thread_; index < count * (kVisitColumns / kChunkElements); index += kVisitThreads) {
+        const int m = index / (kVisitColumns / kChunkElements);
+        const int chunk = index % (kVisitColumns / kChunkElements);
         const unsigned char* from = shared_.dz + chunk / 8 * kVisitTileBytes + swizzled_offset(m, chunk % 8);
         *reinterpret_cast<uint4*>(out + index * kChunkElements) = *reinterpret_cast<const uint4*>(from);
       }
     }
   }
 
-  // dE[tokens, slice] += dz C_tile[:, slice].
+  // dE[tokens, slice] += dz C_strip[:, slice].
   __device__ __forceinline__ void add_slice(uint32_t stage, int d0, int m_tiles) {
     GradE product(lane_, first_m_, first_n_);
     product.clear();
     const uint32_t dz = shared_address(shared_.dz);
 #pragma unroll
-    for (int part = 0; part < kTileColumns / 16; ++part) {
+    for (int part = 0; part < kVisitColumns / 16; ++part) {
       const int half = part / 4 * kVisitTileBytes;
       typename GradE::Fragments f;
       product.load(f, dz + half, stage + half, part % 4, m_tiles);
@@ -225,7 +250,7 @@ class Visits {
 #pragma unroll
       for (int c = 0; c < Sums::kColumns; c += 2) {
         const int column = d0 + first_n_ + Sums::column_offset(c) + Sums::first_column(lane_);
-        if (token < 0 || column >= a_.d) continue;
+        if (!is_token(token) || column >= a_.d) continue;
         ptx::reduce_add_2(into + column, product.sums.at(r, c), product.sums.at(r, c + 1));
       }
     }
@@ -234,9 +259,10 @@ class Visits {
   // ---- dC ----
 
   __device__ __forceinline__ void grad_c_rows(const VisitItem& item) {
-    const int count = static_cast<int>(a_.counts[item.tile]);
+    const uint32_t rows = a_.layout.rows_of(a_.counts, item.strip);
+    const int count = static_cast<int>(rows);
     const int slices = (a_.d + kVisitSlice - 1) / kVisitSlice;
-    const VisitRange range = slices_of(item, a_.counts[item.tile], slices);
+    const VisitRange range = slices_of(item, rows, slices);
     const int first = static_cast<int>(range.begin), end = static_cast<int>(range.end);
     if (first == 0 && a_.grad_bias != nullptr) sum_bias(item, count);
     if (a_.grad_c == nullptr) return;
@@ -253,21 +279,24 @@ class Visits {
       }
     };
     fetch_tokens(0);
+    const Element* residual_e =
+        a_.residual_e + static_cast<int64_t>(a_.layout.tile_of(item.strip)) * a_.d;
     int next_depth = 0, next_slice = first;
     const auto send = [&](uint32_t stage) {
       if (next_slice == end) return;
       const int k0 = next_depth * kDepth;
       const int d0 = next_slice * kVisitSlice;
       const Element* dz =
-          a_.dz + (static_cast<int64_t>(item.first_row) + k0 + Lane::row()) * kTileColumns + Lane::column();
+          a_.dz + (static_cast<int64_t>(item.first_row) + k0 + Lane::row()) * kVisitColumns + Lane::column();
 #pragma unroll
       for (int p = 0; p < 4; ++p) {
         const int down = p % 2 * kPass, right = p / 2 * kRowElements;
         const int column = d0 + Lane::column() + right;
         const int token = next_tokens[p % 2];
-        ptx::cp_async_16(Lane::destination(stage, p), dz + down * kTileColumns + right, token >= 0);
-        ptx::cp_async_16(Lane::destination(stage + kVisitTileBytes, p),
-                         a_.e.data + max(token, 0) * a_.e.stride + column, token >= 0 && column < a_.d);
+        ptx::cp_async_16(Lane::destination(stage, p), dz + down * kVisitColumns + right, token >= 0);
+        const Element* e = token < a_.e.count ? a_.e.data + max(token, 0) * a_.e.stride : residual_e;
+        ptx::cp_async_16(Lane::destination(stage + kVisitTileBytes, p), e + column,
+                         token >= 0 && column < a_.d);
       }
       if (++next_depth == stages_per_slice) {
         next_depth = 0;
@@ -292,28 +321,30 @@ class Visits {
           product.multiply(f);
         }
       }
-      store_block(product.sums, a_.grad_c, static_cast<int64_t>(item.tile) * kTileColumns + first_m_,
+      store_block(product.sums, a_.grad_c, static_cast<int64_t>(item.strip) * kVisitColumns + first_m_,
                   a_.c.count, slice * kVisitSlice + first_n_, a_.d, scale_.inverse, lane_);
     }
     stream.close();
   }
 
-  // dbias of the tile: the sums of dz's columns, in the order of the tokens.
+  // dbias of the strip: the sums of dz's columns, in the order of the tokens, and the control variate's.
   __device__ __forceinline__ void sum_bias(const VisitItem& item, int count) {
-    constexpr int kParts = kVisitThreads / kTileColumns;
-    const int column = thread_ % kTileColumns;
-    const int part = thread_ / kTileColumns;
-    const Element* dz = a_.dz + static_cast<int64_t>(item.first_row) * kTileColumns + column;
+    constexpr int kParts = kVisitThreads / kVisitColumns;
+    const int column = thread_ % kVisitColumns;
+    const int part = thread_ / kVisitColumns;
+    const Element* dz = a_.dz + static_cast<int64_t>(item.first_row) * kVisitColumns + column;
     float sum = 0.0f;
 #pragma unroll 8
-    for (int k = part; k < count; k += kParts) sum += widen<float>(dz[k * kTileColumns]);
+    for (int k = part; k < count - 1; k += kParts) sum += widen<float>(dz[k * kVisitColumns]);
     float* sums = reinterpret_cast<float*>(shared_.rows);
     static_assert(sizeof(shared_.rows) >= kVisitThreads * sizeof(float), "a sum for each thread");
     sums[thread_] = sum;
     __syncthreads();
-    const int64_t v = static_cast<int64_t>(item.tile) * kTileColumns + column;
+    const int64_t v = static_cast<int64_t>(item.strip) * kVisitColumns + column;
     if (part == 0 && v < a_.c.count) {
-      for (int other = 1; other < kParts; ++other) sum += sums[other * kTileColumns + column];
+      for (int other = 1; other < kParts; ++other) sum += sums[other * kVisitColumns + column];
+      const float weight = widen<float>(dz[(count - 1) * kVisitColumns]) / centroid_weight_scale<Element>();
+      sum += weight * a_.residual_sums[a_.layout.tile_of(item.strip)];
       a_.grad_bias[v] = narrow<Element>(sum * scale_.inverse);
     }
     __syncthreads();
@@ -332,7 +363,7 @@ class Visits {
 
   // ---- Copies that several products share ----
 
-  // The tile's rows of C by one slice of D: two tiles of [64 rows][128 of D], rows being k.
+  // The strip's rows of C by one slice of D: two tiles of [64 rows][128 of D], rows being k.
   __device__ __forceinline__ void copy_slice(uint32_t stage, int column0, int d0) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -341,7 +372,7 @@ class Visits {
     }
   }
 
-  static_assert(kVisitRows / kVisitWarpsM == 64 && kTileColumns / kVisitWarpsN == 32, "a warp's part");
+  static_assert(kVisitRows / kVisitWarpsM == 64 && kVisitColumns / kVisitWarpsN == 32, "a warp's part");
   static_assert(kVisitThreads == kLogitsThreads, "the copies are shared");
   using Lane = CopyLane<kVisitThreads>;
   static constexpr int kPass = Lane::kRowsPerPass;

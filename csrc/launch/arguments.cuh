@@ -45,7 +45,7 @@ LseArguments<Element> lse_arguments(const LceForwardParams& p) {
   a.bias_stride = p.in.bias_stride;
   a.softcap = softcap_of(p.in);
   a.label_logits = p.label_logits;
-  a.tile_map = static_cast<__nv_bfloat16*>(p.tile_map);
+  a.tile_map = static_cast<uint16_t*>(p.tile_map);
   a.partial_lse = p.partial_lse;
   a.n = static_cast<int>(p.in.n);
   a.v = static_cast<int>(p.in.v);

@@ -49,12 +49,28 @@ class Cublas {
     if (factors != nullptr) check(set_pointer_mode_(handle_, kHostPointers));
   }
 
+  // The same of a [m, k], times a factor.
+  void multiply_rounded(const BlasMatrix& a, const BlasMatrix& b, int64_t m, int64_t n, int64_t k, void* out,
+                        float factor) {
+    if (error_ != nullptr) return;
+    const float none = 0.0f;
+    gemm(kNotTransposed, a, b, m, n, k, &factor, &none, out, type(element_));
+  }
+
   // out [m, n] = a [m, k] b [k, n] in fp32, rows contiguous; or that is added to what was in out.
   void multiply(const BlasMatrix& a, const BlasMatrix& b, int64_t m, int64_t n, int64_t k, float* out,
                 bool add) {
     if (error_ != nullptr) return;
     const float one = 1.0f, old = add ? 1.0f : 0.0f;
     gemm(kNotTransposed, a, b, m, n, k, &one, &old, out, kFloat32);
+  }
+
+  // out [m, n] = a [k, m]^T b [k, n] in fp32, rows contiguous.
+  void multiply_transposed_wide(const BlasMatrix& a, const BlasMatrix& b, int64_t m, int64_t n, int64_t k,
+                                float* out) {
+    if (error_ != nullptr) return;
+    const float one = 1.0f, none = 0.0f;
+    gemm(kTransposed, a, b, m, n, k, &one, &none, out, kFloat32);
   }
 
   // Null, or what went wrong first.

@@ -3,11 +3,13 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "kernels/centroids_config.h"
 #include "kernels/label_logits_config.h"
 #include "kernels/logits_sm80_config.h"
 #include "kernels/logits_sm90_config.h"
 #include "kernels/visit_plan.h"
 #include "kernels/visits_config.h"
+#include "kernels/visits_sm90_config.h"
 #include "launch/params.h"
 #include "tile/constants.h"
 #include "tile/schedule.h"
@@ -118,31 +120,34 @@ inline bool tensor_map_takes(int64_t rows, int64_t d, int64_t row_stride) {
   return rows <= 1 || (row_stride >= d && row_stride < (int64_t{1} << 39));
 }
 
+// Why Hopper's kernels cannot run, or null. shared_bytes: what a block of them needs.
+inline const char* why_not_sm90(const LossInputs& in, const DeviceLimits& limits, int shared_bytes) {
+  if (limits.major != 9 || limits.minor != 0) return "mma.sync: the GPU is not of compute capability 9.0";
+  if (!limits.has_sm90) return "mma.sync: the build has no kernels for sm_90a, or CCE_KERNELS holds them back";
+  if (limits.shared_bytes < shared_bytes) {
+    return "mma.sync: a block may not have the shared memory that wgmma's ring takes";
+  }
+  if (!tensor_map_takes(in.n, in.d, in.e_row_stride) || !tensor_map_takes(in.v, in.d, in.c_row_stride)) {
+    return "mma.sync: the copy engine takes no rows that overlap";
+  }
+  return nullptr;
+}
+
 inline LogitsPlan plan_logits(const LossInputs& in, const DeviceLimits& limits) {
   static_assert(LogitsSm90::kRows == kLogitsRows && LogitsSm90::kColumns == kLogitsColumns, "one schedule");
   LogitsPlan plan{};
-  plan.kernel = LogitsKernel::kSm80;
-  plan.cluster = 1;
-  if (limits.major != 9 || limits.minor != 0) {
-    plan.reason = "mma.sync: the GPU is not of compute capability 9.0";
-  } else if (!limits.has_sm90) {
-    plan.reason = "mma.sync: the build has no kernels for sm_90a, or CCE_KERNELS holds them back";
-  } else if (limits.shared_bytes < kLogitsSm90SharedBytes) {
-    plan.reason = "mma.sync: a block may not have the shared memory that wgmma's ring takes";
-  } else if (!tensor_map_takes(in.n, in.d, in.e_row_stride) ||
-             !tensor_map_takes(in.v, in.d, in.c_row_stride)) {
-    plan.reason = "mma.sync: the copy engine takes no rows that overlap";
-  } else {
-    plan.kernel = LogitsKernel::kSm90;
+  plan.reason = why_not_sm90(in, limits, kLogitsSm90SharedBytes);
+  if (plan.reason == nullptr) {
     const bool pairs = in.n > LogitsSm90::kRows && limits.multiprocessors > 1;
+    plan.kernel = LogitsKernel::kSm90;
     plan.cluster = pairs ? 2 : 1;
     plan.reason = pairs ? "wgmma in pairs: two blocks of rows share what they read of C"
                         : "wgmma: there is one block of rows";
-  }
-  if (plan.kernel == LogitsKernel::kSm90) {
     plan.stages = LogitsSm90::kStages;
     plan.shared_bytes = kLogitsSm90SharedBytes;
   } else {
+    plan.kernel = LogitsKernel::kSm80;
+    plan.cluster = 1;
     plan.stages = ring_stages(limits, kLogitsStageBytes, kLogitsStateBytes);
     plan.shared_bytes = logits_shared_bytes(plan.stages);
   }
@@ -245,23 +250,47 @@ inline ExactPlan plan_exact(const LossInputs& in, bool need_e, bool need_c, cons
 
 // ---- Sampled backward ----
 
+enum class VisitsKernel { kSm80, kSm90 };
+
 struct VisitsPlan {
+  VisitsKernel kernel;
+  const char* reason;
   VisitLayout layout;
   int words;  // of a tile's bits
   int stages;
   int shared_bytes;
   int blocks;
+  int tiles;
+  int64_t residual_stride;  // tokens of a row of residual masses: cuBLAS takes multiples of 16 bytes best
+  int centroid_group;       // rows of C in shared memory at a time
+  int live_product_stages;
   int64_t wait_milliseconds = -1;  // after which a wait gives up; -1: never
+
+  int centroid_shared_bytes() const { return cce::centroid_shared_bytes(layout.d, centroid_group); }
 };
 
-inline VisitsPlan plan_visits(int64_t n, int64_t d, int64_t v, bool need_e, bool need_c, bool need_bias,
+inline VisitsPlan plan_visits(const LossInputs& in, bool need_e, bool need_c, bool need_bias,
                               const DeviceLimits& limits) {
   VisitsPlan plan{};
-  plan.layout = visit_layout(n, d, v, need_e, need_c, need_bias);
-  plan.words = mask_words(static_cast<int>(n));
-  plan.stages = ring_stages(limits, kVisitStageBytes, sizeof(VisitsShared));
-  plan.shared_bytes = plan.stages * kVisitStageBytes + static_cast<int>(sizeof(VisitsShared));
+  plan.reason = why_not_sm90(in, limits, kVisitsSm90SharedBytes);
+  if (plan.reason == nullptr) {
+    plan.kernel = VisitsKernel::kSm90;
+    plan.reason = "wgmma: whole vocab tiles";
+    plan.stages = LogitsSm90::kStages;
+    plan.shared_bytes = kVisitsSm90SharedBytes;
+  } else {
+    plan.kernel = VisitsKernel::kSm80;
+    plan.stages = ring_stages(limits, kVisitStageBytes, sizeof(VisitsShared));
+    plan.shared_bytes = plan.stages * kVisitStageBytes + static_cast<int>(sizeof(VisitsShared));
+  }
+  plan.layout = visit_layout(in.n, in.d, in.v, need_e, need_c, need_bias,
+                             plan.kernel == VisitsKernel::kSm90 ? VisitsSm90::kShape : kVisitShape);
+  plan.words = mask_words(static_cast<int>(in.n));
   plan.blocks = limits.multiprocessors;
+  plan.tiles = static_cast<int>(ceil_div(in.v, kTileColumns));
+  plan.residual_stride = round_up(in.n, 8);
+  plan.centroid_group = centroid_group(static_cast<int>(in.d), limits.shared_bytes - kCentroidStaticBytes);
+  plan.live_product_stages = ring_stages(limits, kVisitStageBytes, 0);
   return plan;
 }
 

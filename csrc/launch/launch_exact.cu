@@ -8,11 +8,11 @@
 
 #include "kernels/gradient_epilogue.cuh"
 #include "kernels/gradient_small.cuh"
-#include "kernels/live_product_sm80.cuh"
 #include "launch/arguments.cuh"
 #include "launch/cublas.h"
 #include "launch/launch.h"
 #include "launch/launch_gradient_sm90.h"
+#include "launch/launch_live_product.cuh"
 #include "launch/launch_logits_sm80.cuh"
 
 namespace cce {
@@ -28,36 +28,6 @@ LaunchError launch_gradient(const LossInputs& in, const LogitsPlan& plan, const 
   const auto launch = a.threshold > 0 ? launch_logits_sm80<Element, GradientEpilogue<Element, true>>
                                       : launch_logits_sm80<Element, GradientEpilogue<Element, false>>;
   return launch(in, a.first_column, a.columns, plan, plan.schedule(in.n, a.columns), a, stream);
-}
-
-VisitControl* control_of(const LceBackwardParams& p) { return static_cast<VisitControl*>(p.control); }
-
-template <typename Element>
-void find_stray_rows(const LceBackwardParams& p, cudaStream_t stream) {
-  StrayRowsArguments<Element> a;
-  a.e = rows_of_e<Element>(p.in);
-  a.rows = static_cast<const GradientRow*>(p.rows);
-  a.d = static_cast<int>(p.in.d);
-  a.control = control_of(p);
-  const auto blocks = static_cast<unsigned>(ceil_div(p.in.n, kStrayRowsThreads / kWarpLanes));
-  stray_rows_kernel<Element><<<blocks, kStrayRowsThreads, 0, stream>>>(a);
-}
-
-template <typename Element>
-LaunchError launch_live_product(const LiveProductArguments<Element>& a, cudaStream_t stream) {
-  const auto kernel = live_product_kernel<Element>;
-  const int shared_bytes = a.stages * kVisitStageBytes;
-  const cudaError_t error = allow_shared_memory(kernel, shared_bytes);
-  if (error != cudaSuccess) return cuda_error(error);
-  const int64_t blocks = ceil_div(a.columns, kTileColumns) * ceil_div(a.d, kVisitSlice);
-  kernel<<<static_cast<unsigned>(blocks), kVisitThreads, static_cast<size_t>(shared_bytes), stream>>>(a);
-  return cuda_error(cudaGetLastError());
-}
-
-template <typename Element>
-BlasMatrix matrix(const Rows<Element>& rows, int64_t d) {
-  // A single row's stride may be anything.
-  return {rows.data, rows.count == 1 ? d : rows.stride};
 }
 
 // Chunk by chunk of the vocabulary: dz, then its products with E and C.
@@ -102,7 +72,7 @@ LaunchError launch_exact(const LceBackwardParams& p, const ExactScratch& scratch
                                   static_cast<Element*>(p.grad_c) + first * d,
                                   scaled ? scratch.factors : nullptr);
       LiveProductArguments<Element> l;
-      l.dz = dz;
+      l.weights = dz;
       l.stride = plan.chunk_columns;
       l.e = rows_of_e<Element>(p.in);
       l.rows = a.rows;
@@ -110,8 +80,10 @@ LaunchError launch_exact(const LceBackwardParams& p, const ExactScratch& scratch
       l.d = static_cast<int>(d);
       l.columns = a.columns;
       l.stages = plan.live_product_stages;
+      l.factor = 1.0f;
+      l.keeps_scale = false;
       l.out = static_cast<Element*>(p.grad_c) + first * d;
-      const LaunchError failed = launch_live_product(l, on);
+      const LaunchError failed = launch_live_product<Element, Major::kMN>(l, on);
       if (failed) return failed;
     }
     if (p.sum_e != nullptr) {

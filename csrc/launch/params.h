@@ -33,7 +33,7 @@ struct LceForwardParams {
   LossInputs in;
   const float* label_logits;  // [n]
   float* partial_lse;         // scratch: [splits, n]
-  void* tile_map;             // [tiles, n] bf16, or null
+  void* tile_map;             // [tiles, n] codes of 16 bits, or null
   float* nll;                 // [n]
   float* lse;                 // [n]
 };
@@ -68,17 +68,32 @@ struct ExactScratch {
 };
 
 struct VisitsScratch {
-  const void* tile_map;  // [tiles, n] bf16, of the forward
+  const void* tile_map;  // [tiles, n] codes of 16 bits, of the forward
   const int64_t* seed;   // one
   double eps;
-  void* mask;          // [tiles, mask words]
-  void* counts;        // [tiles]
-  void* order;         // [tiles]
-  void* chunk_begins;  // [chunks + 1, 2]
-  void* pending;       // [2 + 2 chunks]
-  void* items;         // VisitItem each
-  void* dz;            // [buffers, 128] of e's dtype
-  void* tokens;        // [buffers]
+  void* mask;            // [tiles, mask words]
+  void* counts;          // [tiles]
+  void* order;           // [strips]
+  void* chunk_begins;    // [chunks + 1, 2]
+  void* pending;         // [2 + 2 chunks]
+  void* items;           // VisitItem each
+  void* weights;         // [tiles, 256] of e's dtype: of a tile's columns in its centroid
+  void* residual_e;      // [tiles, d] of e's dtype: sums of e by residual masses, where dC is wanted
+  float* residual_sums;  // [tiles]: sums of these masses, where dbias is wanted
+};
+
+// What is done with when the visits begin.
+struct ControlVariateScratch {
+  float* mean_sums;  // [mean splits, d]
+  void* mean;        // [d] of e's dtype
+  void* centroids;   // [tiles, d] of e's dtype
+  void* residual;    // [tiles, residual stride] of e's dtype
+};
+
+// What begins when that is done with.
+struct VisitsRing {
+  void* dz;      // [buffers, columns of a strip] of e's dtype
+  void* tokens;  // [buffers]
 };
 
 }  // namespace cce

@@ -66,25 +66,35 @@ void round_gradient(const LceBackwardParams& params, const Tensor& e, const Cuda
 }
 
 void visits(LceBackwardParams params, const Tensor& tile_map, const int64_t* seed, double eps,
-            const Tensor& e, const CudaScope& scope) {
-  const LossInputs& in = params.in;
-  const bool need_e = params.grad_e != nullptr, need_c = params.grad_c != nullptr;
-  VisitsPlan plan =
-      plan_visits(in.n, in.d, in.v, need_e, need_c, params.grad_bias != nullptr, device_limits(kOp, e));
+            const Tensor& e_in, const Tensor& c_in, const CudaScope& scope) {
+  // cuBLAS takes no rows that overlap.
+  const Tensor e = with_separate_rows(e_in), c = with_separate_rows(c_in);
+  LossInputs& in = params.in;
+  in.e = e.const_data_ptr();
+  in.c = c.const_data_ptr();
+  in.e_row_stride = e.stride(0);
+  in.c_row_stride = c.stride(0);
+  const bool need_e = params.grad_e != nullptr, need_c = params.grad_c != nullptr,
+             need_bias = params.grad_bias != nullptr;
+  VisitsPlan plan = plan_visits(in, need_e, need_c, need_bias, device_limits(kOp, e));
   plan.wait_milliseconds = watchdog_milliseconds();
   const VisitLayout& layout = plan.layout;
-  const Tensor sum_e = new_empty(e, {need_e && !layout.borrows() ? in.n : 0, in.d}, ScalarType::Float);
-  params.sum_e = static_cast<float*>(sum_e.mutable_data_ptr());
-  const int64_t tiles = layout.tiles, rows = layout.ring_rows();
+  const int64_t tiles = plan.tiles;
   const auto ints = [&e](int64_t count) { return new_empty(e, {count}, ScalarType::Int); };
+  const auto floats = [&e](int64_t rows, int64_t width) {
+    return new_empty(e, {rows, width}, ScalarType::Float);
+  };
+  const Tensor sum_e = floats(need_e && !layout.borrows() ? in.n : 0, in.d);
+  params.sum_e = static_cast<float*>(sum_e.mutable_data_ptr());
   const Tensor mask = ints(tiles * plan.words);
   const Tensor counts = ints(tiles);
-  const Tensor order = ints(tiles);
+  const Tensor order = ints(layout.strips);
   const Tensor chunk_begins = ints(2 * (layout.max_chunks + 1));
   const Tensor pending = ints(layout.max_gates());
   const Tensor items = ints(layout.max_items * static_cast<int64_t>(sizeof(VisitItem) / sizeof(int)));
-  const Tensor dz = new_empty(e, {rows, kTileColumns});
-  const Tensor tokens = ints(rows);
+  const Tensor weights = new_empty(e, {tiles, kTileColumns});
+  const Tensor residual_e = new_empty(e, {need_c ? tiles : 0, in.d});
+  const Tensor residual_sums = floats(need_bias ? tiles : 0, 1);
   VisitsScratch scratch{};
   scratch.tile_map = tile_map.const_data_ptr();
   scratch.seed = seed;
@@ -95,9 +105,27 @@ void visits(LceBackwardParams params, const Tensor& tile_map, const int64_t* see
   scratch.chunk_begins = chunk_begins.mutable_data_ptr();
   scratch.pending = pending.mutable_data_ptr();
   scratch.items = items.mutable_data_ptr();
-  scratch.dz = dz.mutable_data_ptr();
-  scratch.tokens = tokens.mutable_data_ptr();
-  check_launch(kOp, launch_visits_backward(params, scratch, plan, scope.device(), scope.stream()), e);
+  scratch.weights = weights.mutable_data_ptr();
+  scratch.residual_e = residual_e.mutable_data_ptr();
+  scratch.residual_sums = static_cast<float*>(residual_sums.mutable_data_ptr());
+  {
+    // Freed before the ring is allocated: they never live together.
+    const Tensor mean_sums = floats(kMeanSplits, in.d);
+    const Tensor mean = new_empty(e, {in.d});
+    const Tensor centroids = new_empty(e, {tiles, in.d});
+    const Tensor residual = new_empty(e, {tiles, plan.residual_stride});
+    const ControlVariateScratch variate = {static_cast<float*>(mean_sums.mutable_data_ptr()),
+                                           mean.mutable_data_ptr(), centroids.mutable_data_ptr(),
+                                           residual.mutable_data_ptr()};
+    check_launch(kOp,
+                 launch_visits_plan(params, scratch, variate, plan, current_blas(), scope.device(),
+                                    scope.stream()),
+                 e);
+  }
+  const Tensor dz = new_empty(e, {layout.ring_rows(), layout.columns});
+  const Tensor tokens = ints(layout.ring_rows());
+  const VisitsRing ring = {dz.mutable_data_ptr(), tokens.mutable_data_ptr()};
+  check_launch(kOp, launch_visits(params, scratch, ring, plan, scope.device(), scope.stream()), e);
 }
 
 // A gradient as wide as the input was before its rows were padded.
@@ -132,8 +160,8 @@ std::tuple<Tensor, Tensor, Tensor> lce_backward(
   CCE_CHECK(!threshold || (eps > 0 && eps < 1), kOp, "eps, the threshold, must be in (0, 1), but is ", eps);
   if (sampled) {
     CCE_CHECK(tile_map_in.dim() == 2 && tile_map_in.size(0) == ceil_div(v, kTileColumns) &&
-                  tile_map_in.size(1) == n && tile_map_in.scalar_type() == ScalarType::BFloat16,
-              kOp, "tile_map must be bfloat16 [", ceil_div(v, kTileColumns), ", ", n, "], but is ",
+                  tile_map_in.size(1) == n && tile_map_in.scalar_type() == ScalarType::Short,
+              kOp, "tile_map must be int16 [", ceil_div(v, kTileColumns), ", ", n, "], but is ",
               describe(tile_map_in), " (lce_forward leaves none with need_map=False)");
     check_device(kOp, "tile_map", tile_map_in, e_in);
     CCE_CHECK(seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1 && seed->is_cuda() &&
@@ -198,7 +226,7 @@ std::tuple<Tensor, Tensor, Tensor> lce_backward(
     }
     if (part.any() && sampled) {
       const auto* drawn = static_cast<const int64_t*>(seed->const_data_ptr());
-      visits(only(params, part), tile_map, drawn, eps, e, scope);
+      visits(only(params, part), tile_map, drawn, eps, e, c, scope);
     }
   }
   return {unpadded(grad_e, d), unpadded(grad_c, d), grad_bias};

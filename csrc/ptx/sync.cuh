@@ -26,6 +26,13 @@ __device__ __forceinline__ bool any_at_barrier(bool condition) {
   return any != 0;
 }
 
+// The same without a condition: what these threads wrote before is seen by all of them after.
+template <int kBarrier, int kThreads>
+__device__ __forceinline__ void wait_at_barrier() {
+  static_assert(kBarrier > 0 && kBarrier < 16 && kThreads % 32 == 0, "what the instruction takes");
+  asm volatile("bar.sync %0, %1;" ::"n"(kBarrier), "n"(kThreads) : "memory");
+}
+
 // ---- Between the blocks of a grid ----
 
 // A counter through which blocks of one grid hand data on: what a thread wrote before the release is seen by

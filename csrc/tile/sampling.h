@@ -1,6 +1,5 @@
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
 #include "tile/host_device.h"
@@ -56,20 +55,6 @@ CCE_HOST_DEVICE constexpr uint32_t token_chain(uint32_t row_key, int tile) {
 }
 CCE_HOST_DEVICE constexpr uint32_t tile_chain(int64_t seed, int tile, int token_block) {
   return visit_hash(row_key(seed, ~static_cast<uint32_t>(tile)), static_cast<uint32_t>(token_block));
-}
-
-// min(1, peak * rate) from their logarithms, and never 0: the gradient is unbiased for any probability above
-// 0. The floor bounds the weight 1/q; a NaN, which only a NaN logit gives, is visited so that it shows in the
-// gradient.
-CCE_HOST_DEVICE inline float visit_probability(float log_peak, float log_rate) {
-  constexpr float kFloor = 0x1p-24f;
-#if defined(__CUDA_ARCH__)
-  const float q = expf(log_peak + log_rate);
-#else
-  const float q = std::exp(log_peak + log_rate);
-#endif
-  if (!(q < 1.0f)) return 1.0f;
-  return q > kFloor ? q : kFloor;
 }
 
 // What a pair of probability q < 1 adds to its chain. One of q = 1 is visited without it.

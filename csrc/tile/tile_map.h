@@ -50,19 +50,30 @@ CCE_HOST_DEVICE inline TileShare decode_tile(uint16_t code, float log2_reference
   return share;
 }
 
-// The probability of a visit: norm * rate, at most 1, and never 0: the gradient is unbiased for any
-// probability above 0. The floor bounds the weight 1/q. Where the code says only "this or more", no less than
-// an even share of the visits, so that the weights stay small. A NaN is visited so that it shows.
-CCE_HOST_DEVICE inline float visit_probability(const TileShare& share, float log2_rate, float even_share) {
-  constexpr float kFloor = 0x1p-24f;
+// How many visits a token may spend by chance, 1/eps - 1, as a token's visits to tiles but its label's.
+struct VisitRate {
+  float log2_rate;
+  float even_share;  // of a tile, were they spread evenly; at most 1
+
+  // The probability of a visit: norm * rate, at most 1, and never 0: the gradient is unbiased for any
+  // probability above 0. The floor bounds the weight 1/q. Where the code says only "this or more", no less
+  // than an even share, so that the weights stay small. A NaN is visited so that it shows.
+  CCE_HOST_DEVICE float probability(const TileShare& share) const {
+    constexpr float kFloor = 0x1p-24f;
 #if defined(__CUDA_ARCH__)
-  float q = exp2f(share.log2_norm + log2_rate);
+    float q = exp2f(share.log2_norm + log2_rate);
 #else
-  float q = std::exp2(share.log2_norm + log2_rate);
+    float q = std::exp2(share.log2_norm + log2_rate);
 #endif
-  if (!(q < 1.0f)) return 1.0f;
-  if (share.above && q < even_share) q = even_share;
-  return q > kFloor ? q : kFloor;
+    if (!(q < 1.0f)) return 1.0f;
+    if (share.above && q < even_share) q = even_share;
+    return q > kFloor ? q : kFloor;
+  }
+};
+
+inline VisitRate visit_rate(double eps, int64_t tiles) {
+  const double rate = 1.0 / eps - 1.0, even = tiles > 0 ? rate / static_cast<double>(tiles) : 1.0;
+  return {static_cast<float>(std::log2(rate)), static_cast<float>(even < 1.0 ? even : 1.0)};
 }
 
 // The mass that the control variate takes: at most 1.

@@ -1,0 +1,141 @@
+#include <cuda_runtime.h>
+
+#include "kernels/centroids.cuh"
+#include "kernels/visit_mask.cuh"
+#include "kernels/visit_plan.cuh"
+#include "launch/arguments.cuh"
+#include "launch/cublas.h"
+#include "launch/launch.h"
+#include "launch/launch_live_product.cuh"
+#include "launch/visit_sums.h"
+
+namespace cce {
+namespace {
+
+// Each tile's weights and its centroid.
+template <typename Element>
+cudaError_t find_centroids(const LceBackwardParams& p, const VisitsScratch& scratch,
+                           const ControlVariateScratch& variate, const VisitsPlan& plan, cudaStream_t on) {
+  MeanRowsArguments<Element> m;
+  m.e = rows_of_e<Element>(p.in);
+  m.rows = static_cast<const GradientRow*>(p.rows);
+  m.d = plan.layout.d;
+  m.sums = variate.mean_sums;
+  m.mean = static_cast<Element*>(variate.mean);
+  const auto blocks = static_cast<unsigned>(ceil_div(p.in.d, kMeanColumns));
+  mean_rows_sums_kernel<Element><<<dim3(blocks, kMeanSplits), kMeanThreads, 0, on>>>(m);
+  mean_rows_kernel<Element><<<blocks, kMeanThreads, 0, on>>>(m);
+
+  CentroidsArguments<Element> c;
+  c.c = rows_of_c<Element>(p.in, 0, p.in.v);
+  c.mean = m.mean;
+  c.bias = bias_from<Element>(p.in, 0);
+  c.bias_stride = p.in.bias_stride;
+  c.softcap = softcap_of(p.in);
+  c.d = plan.layout.d;
+  c.group = plan.centroid_group;
+  c.weights = static_cast<Element*>(scratch.weights);
+  c.centroids = static_cast<Element*>(variate.centroids);
+  const int shared_bytes = plan.centroid_shared_bytes();
+  const cudaError_t error = allow_shared_memory(centroids_kernel<Element>, shared_bytes);
+  if (error != cudaSuccess) return error;
+  centroids_kernel<Element>
+      <<<static_cast<unsigned>(plan.tiles), kCentroidThreads, static_cast<size_t>(shared_bytes), on>>>(c);
+  return cudaGetLastError();
+}
+
+// Which pairs are visited, and what the control variate makes up for.
+template <typename Element>
+cudaError_t find_visits(const LceBackwardParams& p, const VisitsScratch& scratch,
+                        const ControlVariateScratch& variate, const VisitsPlan& plan, cudaStream_t on) {
+  const cudaError_t error = cudaMemsetAsync(scratch.counts, 0, plan.tiles * sizeof(uint32_t), on);
+  if (error != cudaSuccess) return error;
+  VisitMaskArguments<Element> m;
+  m.rows = static_cast<const GradientRow*>(p.rows);
+  m.nll = p.nll;
+  m.tile_map = static_cast<const uint16_t*>(scratch.tile_map);
+  m.seed = scratch.seed;
+  m.largest = &control_of(p)->largest;
+  m.rate = visit_rate(scratch.eps, plan.tiles);
+  m.softcap = softcap_of(p.in);
+  m.n = plan.layout.n;
+  m.tiles = plan.tiles;
+  m.mask = static_cast<uint32_t*>(scratch.mask);
+  m.counts = static_cast<uint32_t*>(scratch.counts);
+  m.residual = static_cast<Element*>(variate.residual);
+  m.residual_stride = static_cast<int>(plan.residual_stride);
+  // A block writes 4 KB of the mask: 2^31 blocks would be 8 TB of it.
+  const int64_t mask_blocks = ceil_div(plan.layout.n, kMaskTokens) * ceil_div(plan.tiles, kChainTiles);
+  visit_mask_kernel<Element><<<static_cast<unsigned>(mask_blocks), kMaskThreads, 0, on>>>(m);
+
+  VisitPlanArguments s;
+  s.layout = plan.layout;
+  s.counts = m.counts;
+  s.control = control_of(p);
+  s.order = static_cast<int*>(scratch.order);
+  s.chunk_begins = static_cast<uint32_t*>(scratch.chunk_begins);
+  s.pending = static_cast<uint32_t*>(scratch.pending);
+  s.items = static_cast<VisitItem*>(scratch.items);
+  visit_plan_kernel<<<1, kPlanThreads, 0, on>>>(s);
+  return cudaGetLastError();
+}
+
+// The products of the residual masses: with E for dC, with the centroids for dE.
+template <typename Element>
+LaunchError multiply_residuals(const LceBackwardParams& p, const VisitsScratch& scratch,
+                               const ControlVariateScratch& variate, const VisitsPlan& plan, const Blas& blas,
+                               cudaStream_t on) {
+  const auto* residual = static_cast<const Element*>(variate.residual);
+  const BlasMatrix masses = {residual, plan.residual_stride};
+  const int64_t n = p.in.n, d = p.in.d, tiles = plan.tiles;
+  Cublas cublas(blas, p.in.dtype);
+  if (p.grad_c != nullptr) {
+    constexpr float kFactor = 1.0f / centroid_weight_scale<Element>();
+    find_stray_rows<Element>(p, on);
+    cublas.multiply_rounded(masses, matrix(rows_of_e<Element>(p.in), d), tiles, d, n, scratch.residual_e,
+                            kFactor);
+    LiveProductArguments<Element> l;
+    l.weights = residual;
+    l.stride = plan.residual_stride;
+    l.e = rows_of_e<Element>(p.in);
+    l.rows = static_cast<const GradientRow*>(p.rows);
+    l.control = control_of(p);
+    l.d = static_cast<int>(d);
+    l.columns = plan.tiles;
+    l.stages = plan.live_product_stages;
+    l.factor = kFactor;
+    l.keeps_scale = true;
+    l.out = static_cast<Element*>(scratch.residual_e);
+    if (const LaunchError failed = launch_live_product<Element, Major::kK>(l, on)) return failed;
+  }
+  if (p.grad_bias != nullptr) {
+    const auto blocks = static_cast<unsigned>(ceil_div(tiles, kResidualSumsThreads / kWarpLanes));
+    residual_sums_kernel<Element><<<blocks, kResidualSumsThreads, 0, on>>>(
+        residual, static_cast<int>(plan.residual_stride), plan.layout.n, plan.tiles, scratch.residual_sums);
+  }
+  if (p.grad_e != nullptr) {
+    cublas.multiply_transposed_wide(masses, {variate.centroids, d}, n, d, tiles,
+                                    visit_sums<Element>(p, plan.layout));
+  }
+  if (cublas.error() != nullptr) return {"cuBLAS", cublas.error()};
+  return cuda_error(cudaGetLastError());
+}
+
+}  // namespace
+
+LaunchError launch_visits_plan(const LceBackwardParams& p, const VisitsScratch& scratch,
+                               const ControlVariateScratch& variate, const VisitsPlan& plan, const Blas& blas,
+                               int device, void* stream) {
+  if (p.in.n == 0) return {};
+  const auto on = static_cast<cudaStream_t>(stream);
+  return dispatch_16bit(p.in.dtype, [&](auto element) -> LaunchError {
+    using Element = decltype(element);
+    cudaError_t error = cudaSetDevice(device);
+    if (error == cudaSuccess) error = find_centroids<Element>(p, scratch, variate, plan, on);
+    if (error == cudaSuccess) error = find_visits<Element>(p, scratch, variate, plan, on);
+    if (error != cudaSuccess) return cuda_error(error);
+    return multiply_residuals<Element>(p, scratch, variate, plan, blas, on);
+  });
+}
+
+}  // namespace cce
