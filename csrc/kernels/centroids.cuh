@@ -19,6 +19,11 @@ namespace cce {
 
 // ---- The mean of e over the tokens that count ----
 
+// A token that counts and whose row of e is finite, as its log-sum-exp tells.
+__device__ __forceinline__ bool in_mean(const GradientRow& row) {
+  return row.live() && static_cast<bool>(isfinite(row.lse2));
+}
+
 constexpr int kMeanThreads = 256;
 constexpr int kMeanColumns = kWarpLanes * kChunkElements;  // of a block
 
@@ -47,7 +52,7 @@ __global__ void __launch_bounds__(kMeanThreads)
 #pragma unroll 4
   for (int64_t token = begin + warp; token < end; token += kWarps) {
     // What the row of a token that does not count holds may be anything.
-    if (column >= a.d || !a.rows[token].live()) continue;
+    if (column >= a.d || !in_mean(a.rows[token])) continue;
     using Chunk = Vector<Element, kChunkElements>;
     const Chunk chunk = Chunk::load(a.e.data + token * a.e.stride + column);
 #pragma unroll
@@ -69,7 +74,7 @@ __global__ void __launch_bounds__(kMeanThreads)
     mean_rows_kernel(const __grid_constant__ MeanRowsArguments<Element> a) {
   int live = 0;
   for (int token = static_cast<int>(threadIdx.x); token < a.e.count; token += kMeanThreads) {
-    live += a.rows[token].live();
+    live += in_mean(a.rows[token]);
   }
   // Each thread has counted its own tokens.
   __shared__ int count;

@@ -36,15 +36,21 @@ __device__ __forceinline__ GradientRow load_gradient_row(const GradientArguments
 
 // Four pairs of a lane's neighbouring columns, 8 apart, to 16 contiguous bytes a lane: what a quad has of one
 // row in 32 columns. pair(k): the k-th in 16 bits; out: the row's place of the first of the 32 columns.
-template <typename Element, typename Pair>
+// kStreams: it is not read again soon.
+template <bool kStreams = false, typename Element, typename Pair>
 __device__ __forceinline__ void store_32_columns(const Pair& pair, bool inside, Element* out, int lane) {
   uint32_t packed[4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) packed[k] = pair(k);
   transpose_quad(packed, lane);
   // Lane q of a quad now has the eight columns of pair q.
-  if (inside) {
-    *reinterpret_cast<uint4*>(out + 8 * (lane % 4)) = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+  if (!inside) return;
+  auto* to = reinterpret_cast<uint4*>(out + 8 * (lane % 4));
+  const uint4 chunk = make_uint4(packed[0], packed[1], packed[2], packed[3]);
+  if constexpr (kStreams) {
+    __stcs(to, chunk);
+  } else {
+    *to = chunk;
   }
 }
 
@@ -122,7 +128,7 @@ __device__ __forceinline__ void store_block(const Sums& sums, Element* out, int6
       };
       const int column = column0 + Sums::column_offset(c);
       const bool inside = row < rows && column + 8 * (lane % 4) < columns;
-      store_32_columns(pair, inside, out + row * columns + column, lane);
+      store_32_columns<true>(pair, inside, out + row * columns + column, lane);
     }
   }
 }

@@ -16,8 +16,10 @@ constexpr int kVisitRows = 128;
 constexpr int kVisitSlice = 128;
 // Stages of 64 visits and one slice that an item of dC should have, so that its start and end do not show.
 constexpr int kVisitItemStages = 48;
-// Tokens of an item that rounds dE.
+// Tokens of an item that ends dE, by all of D; and where it also multiplies the residual masses with the
+// centroids, by a slice of D.
 constexpr int kRoundRows = 64;
+constexpr int kFinishRows = 256;
 // Buffers of the ring that the chunks' dz take in turns. With three the dz of a chunk is done while that of
 // the next is computed, before its dC is wanted.
 constexpr int kVisitBuffers = 3;
@@ -26,11 +28,13 @@ constexpr int kChunkEntriesPerToken = 384;
 // dE's sums are borrowed from dC where they take one row in so many of it, whose logits are computed twice.
 constexpr int kLeastLenders = 6;
 
-// How a kernel takes the vocabulary: strips of columns, each a whole number of them to a vocab tile, and how
-// many rows its dz in the ring begin at multiples of.
+// How a kernel takes the vocabulary: strips of columns, each a whole number of them to a vocab tile; what its
+// dz in the ring begin at multiples of; and whether it finds the tiles' centroids along with the visits, from
+// a row for the mean token, in which case it multiplies them with the residual masses when dE ends.
 struct VisitShape {
   int columns;
   int ring_rows;
+  bool finds_centroids;
 };
 
 enum class VisitWork : uint32_t {
@@ -38,7 +42,7 @@ enum class VisitWork : uint32_t {
   kVisitsOfC,  // the same without their dE
   kVisitsOfE,  // the same for dE only
   kGradC,      // the strip's dC, in the part-th slices_per_item() of D
-  kRound,      // dE of the part-th kRoundRows tokens, from its sums
+  kRound,      // dE of some tokens, from its sums: see rounded_by()
 };
 
 // Whether the item adds its visits' part to the sums of dE.
@@ -82,13 +86,17 @@ struct VisitLayout {
   int strips_per_tile;
   int slices;  // of D, for items of dC; 0 where neither dC nor dbias is wanted
   bool need_e;
-  // Rows after a strip's visits that are the control variate's: 1 where dC or dbias is wanted. Its dz are the
-  // tile's weights, its token the sum of the tokens by their residual masses.
+  bool finds_centroids;
+  // Rows after a strip's visits that are the control variate's, 0 or 1. Its dz are the tile's weights; for dC
+  // its token is the sum of the tokens by their residual masses, for dE, where the kernel finds the centroids,
+  // the mean token.
   int centroids;
   // Strips from here on lend their rows of dC to dE's sums (fp32, [n, d]), which begin at element
-  // `sums_begin` of dC; `strips`: none do.
+  // `sums_begin` of dC, and before them, where they live as long, to the residual masses ([tiles,
+  // residual_stride] in 16 bits, at `residual_begin`); `strips`: none do.
   int first_borrowed;
-  int64_t sums_begin;
+  int64_t sums_begin, residual_begin;
+  int residual_stride;  // n, rounded up to whole vectors
   uint32_t ring_pad;  // a strip's rows of the ring are a multiple of this
   uint32_t capacity;  // rows of dz after which a new chunk begins: no strip has more
   uint32_t buffer;    // rows of one of the ring's buffers: a chunk's last strip may go beyond its capacity
@@ -98,6 +106,13 @@ struct VisitLayout {
   CCE_HOST_DEVICE int64_t ring_rows() const {
     return slices == 0 ? 0 : kVisitBuffers * static_cast<int64_t>(buffer);
   }
+  // Items that end dE.
+  CCE_HOST_DEVICE int rounds() const {
+    if (!need_e) return 0;
+    if (!finds_centroids) return (n + kRoundRows - 1) / kRoundRows;
+    return (n + kFinishRows - 1) / kFinishRows * slices_of_d();
+  }
+  CCE_HOST_DEVICE int slices_of_d() const { return (d + kVisitSlice - 1) / kVisitSlice; }
   CCE_HOST_DEVICE int64_t max_gates() const { return 2 + 2 * max_chunks; }
   CCE_HOST_DEVICE int tile_of(int strip) const { return strip / strips_per_tile; }
   // Rows of a strip: its tile's visits, by their counts, and the control variate's.
@@ -121,12 +136,17 @@ inline VisitLayout visit_layout(int64_t n, int64_t d, int64_t v, bool need_e, bo
   layout.strips = static_cast<int>(strips);
   layout.slices = need_c || need_bias ? static_cast<int>(ceil_div(d, kVisitSlice)) : 0;
   layout.need_e = need_e;
-  layout.centroids = layout.slices == 0 ? 0 : 1;
+  layout.finds_centroids = shape.finds_centroids && need_e;
+  layout.centroids = layout.slices > 0 || layout.finds_centroids ? 1 : 0;
   layout.first_borrowed = layout.strips;
+  layout.residual_stride = static_cast<int>(ceil_div(n, 8) * 8);
   // Two rows of dC, in 16 bits, hold the sums of one token.
-  if (need_e && need_c && 2 * n * kLeastLenders <= v) {
+  const int64_t residual = ceil_div(v, kTileColumns) * layout.residual_stride;
+  const int64_t lent = 2 * n + (layout.finds_centroids ? ceil_div(residual, d) : 0);
+  if (need_e && need_c && lent * kLeastLenders <= v) {
     layout.sums_begin = (v - 2 * n) * d;
-    layout.first_borrowed = static_cast<int>((v - 2 * n) / shape.columns);
+    layout.residual_begin = (v - lent) * d;
+    layout.first_borrowed = static_cast<int>((v - lent) / shape.columns);
   }
   const uint32_t most = layout.padded(static_cast<uint32_t>(n + layout.centroids));
   const auto chunk = static_cast<uint32_t>(ceil_div(kChunkEntriesPerToken * n, shape.columns));
@@ -135,7 +155,7 @@ inline VisitLayout visit_layout(int64_t n, int64_t d, int64_t v, bool need_e, bo
   // The strips that lend begin a chunk of their own.
   layout.max_chunks = strips * most / layout.capacity + 2;
   layout.max_items = (2 * strips - layout.first_borrowed) * ceil_div(n + layout.centroids, kVisitRows) +
-                     strips * layout.slices + (need_e ? ceil_div(n, kRoundRows) : 0);
+                     strips * layout.slices + layout.rounds();
   return layout;
 }
 
@@ -169,9 +189,20 @@ CCE_HOST_DEVICE constexpr VisitRange slices_of(const VisitItem& item, uint32_t v
   return visit_range(item.part * each, each, slices);
 }
 
-// An item of rounding: the tokens whose sums it reads and whose dE it writes.
-CCE_HOST_DEVICE constexpr VisitRange tokens_of(const VisitItem& item, int n) {
-  return visit_range(static_cast<int64_t>(item.part) * kRoundRows, kRoundRows, n);
+// An item of rounding: the tokens, and the slices of D, whose sums it reads and whose dE it writes.
+struct RoundedPart {
+  VisitRange tokens, slices;
+};
+CCE_HOST_DEVICE inline RoundedPart rounded_by(const VisitItem& item, const VisitLayout& layout) {
+  const int slices = layout.slices_of_d();
+  if (!layout.finds_centroids) {
+    return {visit_range(static_cast<int64_t>(item.part) * kRoundRows, kRoundRows, layout.n), {0, slices}};
+  }
+  // Neighbours in the list read the same centroids.
+  const int blocks = (layout.n + kFinishRows - 1) / kFinishRows;
+  const int64_t part = item.part;
+  return {visit_range(part % blocks * kFinishRows, kFinishRows, layout.n),
+          visit_range(part / blocks, 1, slices)};
 }
 
 // How many items a strip has of each kind.

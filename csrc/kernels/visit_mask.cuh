@@ -78,8 +78,21 @@ __global__ void __launch_bounds__(kMaskThreads)
   static_assert(kChainTiles == kWarpLanes, "a lane for each tile's chain");
   const uint32_t tile_chains = tile_chain(seed, begin + lane, block);
   const int words = mask_words(a.n);
+  // Fetched a tile ahead.
+  uint16_t next[kWords];
+  const auto fetch = [&](int tile) {
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) {
+      const bool inside = tile < end && first + k * kMaskBits + lane < a.n;
+      next[k] = inside ? a.tile_map[static_cast<int64_t>(tile) * a.n + first + k * kMaskBits + lane] : 0;
+    }
+  };
+  fetch(begin);
   for (int tile = begin; tile < end; ++tile) {
-    const uint16_t* map = a.tile_map + static_cast<int64_t>(tile) * a.n + first + lane;
+    uint16_t code[kWords];
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) code[k] = next[k];
+    fetch(tile + 1);
     uint32_t step[kWords];
     bool visit[kWords];
     float q[kWords], mass[kWords];
@@ -89,7 +102,7 @@ __global__ void __launch_bounds__(kMaskThreads)
       q[k] = 1.0f;
       mass[k] = 0.0f;
       if (live[k] && tile != label_tile[k]) {
-        const TileShare share = decode_tile(map[k * kMaskBits], log2_reference[k]);
+        const TileShare share = decode_tile(code[k], log2_reference[k]);
         q[k] = a.rate.probability(share);
         mass[k] = tile_mass(share) * slope_of_tile(share, lse[k], a.softcap);
       }

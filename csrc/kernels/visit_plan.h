@@ -150,7 +150,7 @@ CCE_HOST_DEVICE void plan_visit_items(Block& block, const VisitPlanArguments& a,
   }
   // Items that add to dE alone for strips that lend: the first of all.
   const uint32_t of_e = layout.borrows() ? static_cast<uint32_t>(all_dz) - plain_dz : 0;
-  const uint32_t rounds = layout.need_e ? (static_cast<uint32_t>(layout.n) + kRoundRows - 1) / kRoundRows : 0;
+  const auto rounds = static_cast<uint32_t>(layout.rounds());
   if (thread == 0) a.control->items = of_e + static_cast<uint32_t>(all_dz + all_dc) + rounds;
   block.sync();
 

@@ -27,11 +27,16 @@ struct VisitsArguments {
   VisitQueueArguments queue;
   VisitRate rate;
   VisitLayout layout;
-  // The control variate of dC: each tile's weights, times centroid_weight_scale(), the sum of the tokens by
-  // their residual masses, scaled and divided by it, and the sum of these masses, scaled.
-  const Element* weights;         // [tiles, kTileColumns]
-  const Element* residual_e;      // [tiles, d]
-  const float* residual_sums;     // [tiles], where dbias is wanted
+  // Where the kernel finds the centroids: the mean token, and where they go.
+  const Element* mean;   // [d]
+  Element* centroids;    // [tiles, d]
+  const Element* residual;  // [tiles, residual_stride]: residual masses, scaled
+  // Else they are known: each tile's weights, times centroid_weight_scale().
+  const Element* weights;  // [tiles, kTileColumns]
+  // The control variate of dC: the sum of the tokens by their residual masses, scaled and divided by
+  // centroid_weight_scale(), and, where dbias is wanted, the sum of these masses, scaled.
+  const Element* residual_e;   // [tiles, d]
+  const float* residual_sums;  // [tiles]
   Element* dz;         // the ring: [buffers, columns of a strip], scaled
   int* tokens;         // the ring: whose dz it is
   float* sum_e;        // [n, d], scaled, added to; it may lie in grad_c

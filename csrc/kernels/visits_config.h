@@ -27,7 +27,7 @@ CCE_HOST_DEVICE constexpr int mask_words(int n) {
 
 // Half a vocab tile at a time, so that two stages and dz fit the smallest shared memory.
 constexpr int kVisitColumns = 128;
-constexpr VisitShape kVisitShape = {kVisitColumns, 1};
+constexpr VisitShape kVisitShape = {kVisitColumns, 1, false};
 
 constexpr int kVisitWarpsM = 2;
 constexpr int kVisitWarpsN = 4;

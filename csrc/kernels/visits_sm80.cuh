@@ -47,7 +47,7 @@ class Visits {
       if (item.work == VisitWork::kGradC) {
         grad_c_rows(item);
       } else if (item.work == VisitWork::kRound) {
-        round_rows(tokens_of(item, a_.e.count));
+        round_rows(rounded_by(item, a_.layout).tokens);
       } else {
         visit_rows(item);
       }

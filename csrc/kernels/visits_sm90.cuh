@@ -9,11 +9,12 @@
 #include "kernels/gradient.cuh"
 #include "kernels/gradient_small.cuh"
 #include "kernels/logits_sm90.cuh"
+#include "kernels/lse.cuh"
 #include "kernels/visits_arguments.cuh"
 #include "kernels/visits_sm90_config.h"
 
 // As visits_sm80.cuh, on Hopper's copy engine and wgmma, a whole vocab tile at a time. A scout takes items from
-// the list, waits for their gates and finds their tokens, an item ahead of the others; two warps of loaders
+// the list, waits for their gates and finds their tokens, an item ahead of the others; three warps of loaders
 // gather the rows of E that visit and have the copy engine fetch C's and the ring's; two warpgroups consume. dz
 // never leaves the registers on its way to dE: there it is the first operand of wgmma.
 #ifndef CCE_ABLATE
@@ -22,8 +23,9 @@
 namespace cce {
 
 struct VisitsSm90Maps {
-  CUtensorMap c;   // boxes of 256 rows by 64 elements
-  CUtensorMap dz;  // the ring, in boxes of 64 rows by 64 elements
+  CUtensorMap c;  // boxes of 256 rows by 64 elements
+  // Boxes of 64 rows by 64 elements: the ring, and the residual masses and centroids, whose rows are tiles.
+  CUtensorMap dz, residual, centroids;
 };
 
 // The barriers of the slots for items, by their shared addresses.
@@ -31,10 +33,10 @@ struct VisitSlots {
   uint32_t base;  // of a VisitsSm90Shared
 
   __device__ __forceinline__ uint32_t found(int slot) const {
-    return base + offsetof(VisitsSm90Shared, found) + slot * sizeof(uint64_t);
+    return base + offsetof(VisitsSm90Shared<uint16_t>, found) + slot * sizeof(uint64_t);
   }
   __device__ __forceinline__ uint32_t done(int slot) const {
-    return base + offsetof(VisitsSm90Shared, done) + slot * sizeof(uint64_t);
+    return base + offsetof(VisitsSm90Shared<uint16_t>, done) + slot * sizeof(uint64_t);
   }
 };
 
@@ -55,7 +57,7 @@ struct VisitSlotPlace {
 template <typename Element>
 class VisitScout {
  public:
-  __device__ __forceinline__ VisitScout(const VisitsArguments<Element>& a, VisitsSm90Shared& shared,
+  __device__ __forceinline__ VisitScout(const VisitsArguments<Element>& a, VisitsSm90Shared<Element>& shared,
                                         const VisitSlots& slots)
       : a_(a), shared_(shared), slots_(slots), lane_(static_cast<int>(threadIdx.x) % kWarpLanes) {}
 
@@ -64,7 +66,7 @@ class VisitScout {
     VisitSlotPlace place;
     for (bool more = true; more; place.advance()) {
       ptx::mbarrier_wait(slots_.done(place.slot), place.parity ^ 1);
-      VisitSlot& slot = shared_.slots[place.slot];
+      VisitSlot<Element>& slot = shared_.slots[place.slot];
       if (lane_ == 0) slot.more = queue.take(slot.item);
       __syncwarp();
       more = slot.more;
@@ -80,7 +82,7 @@ class VisitScout {
 
  private:
   // The item's tokens, with what their dz needs. Behind the tile's last comes the control variate's row.
-  __device__ __forceinline__ void find_tokens(VisitSlot& slot) {
+  __device__ __forceinline__ void find_tokens(VisitSlot<Element>& slot) {
     const VisitItem item = slot.item;
     const int words = mask_words(a_.e.count);
     const uint32_t* mask = a_.mask + static_cast<int64_t>(item.strip) * words;
@@ -116,7 +118,7 @@ class VisitScout {
         const bool own = g.label >= 0 && g.label / kTileColumns == item.strip;
         if (!own) {
           const uint16_t code = a_.tile_map[static_cast<int64_t>(item.strip) * a_.e.count + token];
-          weight /= a_.rate.probability(decode_tile(code, a_.nll[token] * kLog2E));
+          weight = __fdividef(weight, a_.rate.probability(decode_tile(code, a_.nll[token] * kLog2E)));
         }
         row = {weight, g.b, g.lse2, own ? g.label % kTileColumns : -1};
       } else if (m < rows) {
@@ -126,6 +128,7 @@ class VisitScout {
       if (leaves_dz(item.work) && token >= 0) a_.tokens[item.first_row + first_rank + m] = token;
       slot.token[m] = token;
       slot.row[m] = row;
+      slot.e[m] = m < visits ? a_.e.data + token * a_.e.stride : a_.mean;
     }
     if (lane_ == 0) {
       slot.visits = visits;
@@ -134,52 +137,51 @@ class VisitScout {
   }
 
   const VisitsArguments<Element>& a_;
-  VisitsSm90Shared& shared_;
+  VisitsSm90Shared<Element>& shared_;
   const VisitSlots slots_;
   const int lane_;
 };
 
-// ---- The loaders: two warps ----
+// ---- The loaders: three warps ----
 
 template <typename Element>
 class VisitLoader {
  public:
   __device__ __forceinline__ VisitLoader(const VisitsSm90Maps& maps, const VisitsArguments<Element>& a,
-                                         VisitsSm90Shared& shared, const VisitSlots& slots, const Ring& ring)
+                                         VisitsSm90Shared<Element>& shared, const Ring& ring)
       : maps_(maps),
         a_(a),
         shared_(shared),
-        slots_(slots),
-        ring_(ring),
-        thread_(static_cast<int>(threadIdx.x) - VisitsSm90::kFirstLoaderWarp * kWarpLanes),
-        policy_(ptx::policy_evict_normal()) {}
+        slots_{ring.base},
+        ring_(ring) {}
 
   __device__ __forceinline__ void run() {
     for (VisitSlotPlace place;; place.advance()) {
       ptx::mbarrier_wait(slots_.found(place.slot), place.parity);
-      const VisitSlot& slot = shared_.slots[place.slot];
+      const VisitSlot<Element>& slot = shared_.slots[place.slot];
       if (!slot.more) break;
       // What other blocks' threads wrote, the copy engine reads.
       ptx::fence_async();
       if (slot.item.work == VisitWork::kGradC) {
         load_grad_c(slot);
-      } else if (slot.item.work != VisitWork::kRound && slot.visits > 0) {
+      } else if (slot.item.work == VisitWork::kRound) {
+        if (a_.layout.finds_centroids) load_centroids(rounded_by(slot.item, a_.layout));
+      } else {
         load_visits(slot);
       }
       __syncwarp();
-      if (thread_ % kWarpLanes == 0) ptx::mbarrier_arrive(slots_.done(place.slot));
+      if (thread() % kWarpLanes == 0) ptx::mbarrier_arrive(slots_.done(place.slot));
     }
   }
 
  private:
   static constexpr int kDepth = LogitsSm90::kDepth;
   static constexpr int kBox = kRowElements * kRowBytes;  // 64 rows
-  // A thread copies one chunk of every eighth row.
+  // A thread copies one chunk of every so many rows.
   static constexpr int kPass = VisitsSm90::kLoaderThreads / 8;
-  static_assert(kPass == 8, "the swizzle repeats every 8 rows");
 
   // Rows of E and C by 64 of D, and then C's again for dE.
-  __device__ __forceinline__ void load_visits(const VisitSlot& slot) {
+  __device__ __forceinline__ void load_visits(const VisitSlot<Element>& slot) {
     const int column0 = slot.item.strip * kTileColumns;
     const int steps = (a_.d + kDepth - 1) / kDepth;
     const int slices = adds_to_e(slot.item.work) && !(CCE_ABLATE & 8) ? (a_.d + VisitsSm90::kSlice - 1) / VisitsSm90::kSlice : 0;
@@ -187,62 +189,61 @@ class VisitLoader {
     const int rows = slot.rows > LogitsSm90::kConsumerRows ? kVisitRows : LogitsSm90::kConsumerRows;
     for (int step = 0; step < steps; ++step) {
       begin_stage(LogitsSm90::kTileC);
-      if (thread_ == 0) load_c(step * kDepth, column0);
+      if (thread() == 0) load_c(step * kDepth, column0);
       const int depth = step * kDepth + column();
-      const uint32_t to = destination(0);
-      // Their numbers stay in shared memory: there are no registers for them.
+      const bool inside = depth < a_.d;
 #pragma unroll 4
       for (int m = row(); m < rows; m += kPass) {
-        const int token = m < slot.visits ? slot.token[m] : -1;
-        ptx::cp_async_16(to + m / kPass * (kPass * kRowBytes), a_.e.data + max(token, 0) * a_.e.stride + depth,
-                         token >= 0 && depth < a_.d);
+        ptx::cp_async_16(destination(m), slot.e[m] + depth, inside && m < slot.rows);
       }
       end_stage();
     }
     for (int slice = 0; slice < slices; ++slice) {
       begin_stage(LogitsSm90::kTileC);
-      if (thread_ == 0) load_c(slice * VisitsSm90::kSlice, column0);
+      if (thread() == 0) load_c(slice * VisitsSm90::kSlice, column0);
       end_stage();
     }
   }
 
   // 64 rows of the strip's dz, and their tokens' rows of E by 128 of D.
-  __device__ __forceinline__ void load_grad_c(const VisitSlot& slot) {
+  __device__ __forceinline__ void load_grad_c(const VisitSlot<Element>& slot) {
     if (a_.grad_c == nullptr || (CCE_ABLATE & 4)) return;
-    const VisitItem item = slot.item;
-    const VisitRange slices = slices_of(item, static_cast<uint32_t>(slot.rows), a_.layout.slices);
-    const int* tokens = a_.tokens + item.first_row;
-    const Element* residual_e = a_.residual_e + static_cast<int64_t>(item.strip) * a_.d;
-    constexpr int kPasses = kDepth / kPass;
+    const VisitRange slices = slices_of(slot.item, static_cast<uint32_t>(slot.rows), a_.layout.slices);
+    const int end = static_cast<int>(slices.end);
+    const int first_row = static_cast<int>(slot.item.first_row);
+    const int* tokens = a_.tokens + first_row;
+    constexpr int kPasses = (kDepth + kPass - 1) / kPass;
     // Fetched a stage ahead of their rows.
     int token[kPasses];
     const auto fetch_tokens = [&](int k0) {
 #pragma unroll
       for (int p = 0; p < kPasses; ++p) {
-        const int k = k0 + p * kPass + row();
-        token[p] = k < slot.rows ? __ldcg(tokens + k) : -1;
+        const int k = p * kPass + row();
+        token[p] = k < kDepth && k0 + k < slot.rows ? __ldcg(tokens + k0 + k) : -1;
       }
     };
     fetch_tokens(0);
-    for (int64_t slice = slices.begin; slice < slices.end; ++slice) {
-      const int d0 = static_cast<int>(slice) * kVisitSlice + column();
+    for (int slice = static_cast<int>(slices.begin); slice < end; ++slice) {
+      const int d0 = slice * kVisitSlice + column();
       for (int k0 = 0; k0 < slot.rows; k0 += kDepth) {
         begin_stage(4 * kBox);
-        if (thread_ < 4) {
-          ptx::tma_load(ring_.tile_c(place_.slot) + thread_ * kBox, &maps_.dz, ring_.full(place_.slot),
-                        thread_ * kRowElements, static_cast<int>(item.first_row) + k0, policy_);
+        if (thread() < 4) {
+          ptx::tma_load(ring_.tile_c(place_.slot) + thread() * kBox, &maps_.dz, ring_.full(place_.slot),
+                        thread() * kRowElements, first_row + k0, ptx::policy_evict_normal());
         }
         // Whole k of wgmma: the rows past the last are zeros.
-        const int passes = min((slot.rows - k0 + 15) / 16 * 16, kDepth) / kPass;
+        const int rows = min((slot.rows - k0 + 15) / 16 * 16, kDepth);
 #pragma unroll
         for (int p = 0; p < kPasses; ++p) {
-          if (p >= passes) continue;
+          const int k = p * kPass + row();
+          if (k >= rows) continue;
           const Element* from =
-              token[p] < a_.e.count ? a_.e.data + max(token[p], 0) * a_.e.stride : residual_e;
+              token[p] < a_.e.count ? a_.e.data + max(token[p], 0) * a_.e.stride
+                                    : a_.residual_e + static_cast<int64_t>(slot.item.strip) * a_.d;
 #pragma unroll
           for (int box = 0; box < 2; ++box) {
             const int d = d0 + box * kRowElements;
-            ptx::cp_async_16(destination(p) + box * kBox, from + d, token[p] >= 0 && d < a_.d);
+            ptx::cp_async_16(destination(k) + box * kBox, from + d, token[p] >= 0 && d < a_.d);
           }
         }
         end_stage();
@@ -251,14 +252,35 @@ class VisitLoader {
     }
   }
 
+  // 64 tiles' residual masses of 256 tokens, and these tiles' centroids in 128 of D.
+  __device__ __forceinline__ void load_centroids(const RoundedPart& part) {
+    const int token0 = static_cast<int>(part.tokens.begin);
+    const int d0 = static_cast<int>(part.slices.begin) * kVisitSlice;
+    for (int tile = 0; tile < a_.layout.strips; tile += kDepth) {
+      begin_stage(6 * kBox);
+      const uint32_t full = ring_.full(place_.slot);
+      if (thread() < 4) {
+        ptx::tma_load(ring_.tile_c(place_.slot) + thread() * kBox, &maps_.residual, full,
+                      token0 + thread() * kRowElements, tile, ptx::policy_evict_normal());
+      } else if (thread() < 6) {
+        const int box = thread() - 4;
+        ptx::tma_load(ring_.tile_e(place_.slot) + box * kBox, &maps_.centroids, full,
+                      d0 + box * kRowElements, tile, ptx::policy_evict_normal());
+      }
+      end_stage();
+    }
+  }
+
   __device__ __forceinline__ void load_c(int depth, int column0) {
-    ptx::tma_load(ring_.tile_c(place_.slot), &maps_.c, ring_.full(place_.slot), depth, column0, policy_);
+    // C streams; what comes again and again, E and the sums of dE, is to stay in L2.
+    ptx::tma_load(ring_.tile_c(place_.slot), &maps_.c, ring_.full(place_.slot), depth, column0,
+                  (CCE_ABLATE & 64) ? ptx::policy_evict_normal() : ptx::policy_evict_first());
   }
 
   // Waits until the next stage's slot is free, and has it expect so many bytes of the copy engine.
   __device__ __forceinline__ void begin_stage(int bytes) {
     ptx::mbarrier_wait(ring_.empty(place_.slot), place_.parity ^ 1);
-    if (thread_ == 0) ptx::mbarrier_arrive_expect(ring_.full(place_.slot), static_cast<uint32_t>(bytes));
+    if (thread() == 0) ptx::mbarrier_arrive_expect(ring_.full(place_.slot), static_cast<uint32_t>(bytes));
     // Before other threads' copies arrive: their bytes would be more than expected.
     __syncwarp();
   }
@@ -267,20 +289,21 @@ class VisitLoader {
     place_.advance();
   }
 
-  // The thread's first row of a stage's E, its chunk there, and where pass p puts it.
-  __device__ __forceinline__ int row() const { return thread_ / 8; }
-  __device__ __forceinline__ int column() const { return thread_ % 8 * kChunkElements; }
-  __device__ __forceinline__ uint32_t destination(int p) const {
-    return ring_.tile_e(place_.slot) + swizzled_offset(row(), thread_ % 8) + p * kPass * kRowBytes;
+  __device__ __forceinline__ static int thread() {
+    return ptx::thread_number() - VisitsSm90::kFirstLoaderWarp * kWarpLanes;
+  }
+  // The thread's first row of a stage's E, its chunk there, and where row m has it.
+  __device__ __forceinline__ int row() const { return thread() / 8; }
+  __device__ __forceinline__ int column() const { return thread() % 8 * kChunkElements; }
+  __device__ __forceinline__ uint32_t destination(int m) const {
+    return ring_.tile_e(place_.slot) + swizzled_offset(m, thread() % 8);
   }
 
   const VisitsSm90Maps& maps_;
   const VisitsArguments<Element>& a_;
-  VisitsSm90Shared& shared_;
+  VisitsSm90Shared<Element>& shared_;
   const VisitSlots slots_;
   const Ring ring_;
-  const int thread_;
-  const uint64_t policy_;
   RingPlace place_;
 };
 
@@ -289,36 +312,31 @@ class VisitLoader {
 template <typename Element>
 class VisitConsumer {
  public:
-  __device__ __forceinline__ VisitConsumer(const VisitsArguments<Element>& a, VisitsSm90Shared& shared,
-                                           const VisitSlots& slots, const Ring& ring, int warpgroup)
+  __device__ __forceinline__ VisitConsumer(const VisitsArguments<Element>& a, VisitsSm90Shared<Element>& shared,
+                                           const Ring& ring)
       : a_(a),
         shared_(shared),
-        slots_(slots),
-        ring_(ring),
-        scale_(a.queue.control->largest),
-        thread_(static_cast<int>(threadIdx.x)),
-        lane_(thread_ % kWarpLanes),
-        warpgroup_(warpgroup) {}
+        slots_{ring.base},
+        ring_(ring) {}
 
   __device__ __forceinline__ void run() {
     const VisitQueue queue(a_.queue);
     for (VisitSlotPlace place;; place.advance()) {
       ptx::mbarrier_wait(slots_.found(place.slot), place.parity);
-      const VisitSlot& slot = shared_.slots[place.slot];
+      const VisitSlot<Element>& slot = shared_.slots[place.slot];
       if (!slot.more) break;
-      const VisitItem item = slot.item;
-      if (item.work == VisitWork::kGradC) {
-        grad_c_rows(item, slot.rows);
-      } else if (item.work == VisitWork::kRound) {
-        round_rows(tokens_of(item, a_.e.count));
+      if (slot.item.work == VisitWork::kGradC) {
+        grad_c_rows(slot.item, slot.rows);
+      } else if (slot.item.work == VisitWork::kRound) {
+        finish_rows(rounded_by(slot.item, a_.layout));
       } else {
         visit_rows(slot);
       }
       // What threads wrote, other blocks' copy engine reads.
       ptx::fence_async();
       ptx::wait_at_barrier<1, VisitsSm90::kConsumerThreads>();
-      if (thread_ == 0) queue.finish(item);
-      if (lane_ == 0) ptx::mbarrier_arrive(slots_.done(place.slot));
+      if (thread() == 0) queue.finish(slot.item);
+      if (lane() == 0) ptx::mbarrier_arrive(slots_.done(place.slot));
     }
   }
 
@@ -330,14 +348,12 @@ class VisitConsumer {
 
   // ---- dz and dE ----
 
-  __device__ __forceinline__ void visit_rows(const VisitSlot& slot) {
-    const int row0 = warpgroup_ * LogitsSm90::kConsumerRows;
-    const bool busy = slot.rows > row0;  // else the other warpgroup alone has rows
-    const bool visited = slot.visits > 0;  // else there is the control variate's row alone
-    const int steps = visited ? (a_.d + kDepth - 1) / kDepth : 0;
-    const int slices =
-        visited && adds_to_e(slot.item.work) && !(CCE_ABLATE & 8) ? (a_.d + VisitsSm90::kSlice - 1) / VisitsSm90::kSlice : 0;
-    if (!busy) {
+  __device__ __forceinline__ void visit_rows(const VisitSlot<Element>& slot) {
+    const int row0 = warpgroup() * LogitsSm90::kConsumerRows;
+    const int steps = (a_.d + kDepth - 1) / kDepth;
+    const int slices = adds_to_e(slot.item.work) && !(CCE_ABLATE & 8) ? (a_.d + VisitsSm90::kSlice - 1) / VisitsSm90::kSlice : 0;
+    if (slot.rows <= row0) {
+      // The other warpgroup alone has rows.
       for (int stage = 0; stage < steps + slices; ++stage) skip_stage();
       return;
     }
@@ -345,16 +361,12 @@ class VisitConsumer {
     {
       Logits logits;
       logits.sums.clear();
-      if (steps > 0) logits.template multiply<true>(ring_, place_, steps, warpgroup_);
+      logits.template multiply<!(CCE_ABLATE & 16)>(ring_, place_, steps, warpgroup());
       write_dz(logits.sums, slot, dz);
     }
-    const int m = row0 + warp() * 16 + lane_ / 4;
-    float* into[2];
+    int tokens[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const bool token = m + 8 * r < slot.visits;
-      into[r] = token ? a_.sum_e + static_cast<int64_t>(slot.token[m + 8 * r]) * a_.d : nullptr;
-    }
+    for (int r = 0; r < 2; ++r) tokens[r] = slot.token[row0 + warp() * 16 + lane() / 4 + 8 * r];
     for (int slice = 0; slice < slices; ++slice) {
       float sums[VisitsSm90::kSlice / 8][4];
       clear(sums);
@@ -370,60 +382,116 @@ class VisitConsumer {
       ptx::wgmma_wait<0>();
       ptx::wgmma_hold(sums);
       release();
-      if (!(CCE_ABLATE & 1)) add_slice(sums, into, slice * VisitsSm90::kSlice);
+      if (!(CCE_ABLATE & 1)) add_slice(sums, tokens, slot.item.strip, slice * VisitsSm90::kSlice);
     }
   }
 
-  // From the finished logits: dz as an operand, and in the ring.
-  __device__ __forceinline__ void write_dz(LogitSums& sums, const VisitSlot& slot,
+  // From the logits: dz as an operand, and in the ring. Step by step in the same registers: there are none for
+  // two steps at once.
+  __device__ __forceinline__ void write_dz(LogitSums& sums, const VisitSlot<Element>& slot,
                                            uint32_t (&dz)[kTileColumns / 16][4]) {
-    const VisitItem item = slot.item;
-    const int64_t column0 = static_cast<int64_t>(item.strip) * kTileColumns;
-    finish_logits(sums, static_cast<int>(column0) + LogitSums::first_column(lane_), a_.bias, a_.bias_stride,
-                  a_.softcap, a_.c.count);
-    const int padded = static_cast<int>(a_.layout.padded(static_cast<uint32_t>(slot.rows)));
+    const int column0 = slot.item.strip * kTileColumns;
+    finish_logits(sums, column0 + LogitSums::first_column(lane()), a_.bias, a_.bias_stride, a_.softcap,
+                  a_.c.count);
+    ptx::wgmma_hold(sums.tiles[0]);
+    const float factor = scale().factor;
+    const int first_m = warpgroup() * LogitsSm90::kConsumerRows + warp() * 16 + lane() / 4;
+    const auto row_of = [&](int r) -> const VisitRow& { return slot.row[first_m + LogitSums::row_offset(r)]; };
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int m = warpgroup_ * LogitsSm90::kConsumerRows + warp() * 16 + lane_ / 4 + 8 * r;
-      const VisitRow row = slot.row[m];
-      const GradientRow g = {row.weight, row.b, row.lse2, row.label};
-      Element* out = a_.dz + (static_cast<int64_t>(item.first_row) + item.part * kVisitRows + m) * kTileColumns;
-      const Element* weights = a_.weights + column0 + LogitSums::first_column(lane_);
-      const bool leaves = leaves_dz(item.work) && m < padded;
+    for (int r = 0; r < LogitSums::kRows; ++r) {
+      if (__any_sync(0xffffffffu, row_of(r).label == kCentroidRow)) weigh_mean_row(sums, r, row_of(r));
+    }
+#pragma unroll
+    for (int r = 0; r < LogitSums::kRows; ++r) {
+      const VisitRow row = row_of(r);
+      const GradientRow g = {row.weight, row.b, row.lse2, row.label - LogitSums::first_column(lane())};
+      if (row.label == kCentroidRow) continue;
+#pragma unroll
+      for (int c = 0; c < LogitSums::kColumns; ++c) {
+        const float z = sums.at(r, c);
+        float value = g.a * g.probability(z);
+        if (g.label == LogitSums::column_offset(c)) value -= g.b;
+        if (a_.softcap.present()) value *= a_.softcap.slope(z);
+        sums.at(r, c) = value * factor;
+      }
+    }
+    ptx::wgmma_hold(sums.tiles[0]);
+    const int padded = static_cast<int>(a_.layout.padded(static_cast<uint32_t>(slot.rows)));
+    Element* out = a_.dz + (static_cast<int64_t>(slot.item.first_row) + slot.item.part * kVisitRows + first_m) *
+                               kTileColumns;
+#pragma unroll
+    for (int r = 0; r < LogitSums::kRows; ++r) {
+      const int down = LogitSums::row_offset(r);
+      const bool leaves = leaves_dz(slot.item.work) && first_m + down < padded;
 #pragma unroll
       for (int group = 0; group < kTileColumns / 32; ++group) {
         const auto pair = [&](int k) {
           const int tile = 4 * group + k;
-          float value[2];
-#pragma unroll
-          for (int side = 0; side < 2; ++side) {
-            const float z = sums.at(r, 2 * tile + side);
-            value[side] = g.a * g.probability(z);
-            if (g.label == 8 * tile + LogitSums::first_column(lane_) + side) value[side] -= g.b;
-            if (a_.softcap.present()) value[side] *= a_.softcap.slope(z);
-            value[side] *= scale_.factor;
-          }
-          uint32_t packed = pack(value[0], value[1], Element());
-          if (row.label == kCentroidRow) packed = *reinterpret_cast<const uint32_t*>(weights + 8 * tile);
-          dz[tile / 2][tile % 2 * 2 + r] = packed;
-          return packed;
+          return dz[tile / 2][tile % 2 * 2 + r] =
+                     pack(sums.at(r, 2 * tile), sums.at(r, 2 * tile + 1), Element());
         };
-        store_32_columns(pair, leaves, out + 32 * group, lane_);
+        store_32_columns(pair, leaves, out + down * kTileColumns + 32 * group, lane());
       }
     }
   }
 
-  // dE[tokens, slice] += the product.
+  // The weights of the tile's columns: the mean token's softmax over the tile. Where all columns are masked,
+  // nothing has a weight. All lanes of a warp take part, of which a quad has the row.
+  __device__ __forceinline__ void weigh_mean_row(LogitSums& sums, int r, const VisitRow& row) {
+    float highest = MaxSum::kLowest, total = 0.0f;
+#pragma unroll
+    for (int c = 0; c < LogitSums::kColumns; ++c) highest = fmaxf(highest, sums.at(r, c));
+#pragma unroll
+    for (int distance = 1; distance <= 2; distance *= 2) {
+      highest = fmaxf(highest, __shfl_xor_sync(0xffffffffu, highest, distance));
+    }
+#pragma unroll
+    for (int c = 0; c < LogitSums::kColumns; ++c) {
+      total += ptx::exp2_approx((sums.at(r, c) - highest) * kLog2E);
+    }
+#pragma unroll
+    for (int distance = 1; distance <= 2; distance *= 2) {
+      total += __shfl_xor_sync(0xffffffffu, total, distance);
+    }
+    if (row.label != kCentroidRow) return;
+    const float weight =
+        total > 0.0f ? centroid_weight_scale<Element>() * ptx::reciprocal_approx(total) : 0.0f;
+#pragma unroll
+    for (int c = 0; c < LogitSums::kColumns; ++c) {
+      sums.at(r, c) = weight * ptx::exp2_approx((sums.at(r, c) - highest) * kLog2E);
+    }
+  }
+
+  // dE[tokens, slice] += the product; the mean token's row of it is the tile's centroid.
   __device__ __forceinline__ void add_slice(const float (&sums)[VisitsSm90::kSlice / 8][4],
-                                            float* const (&into)[2], int d0) {
-    const int column = d0 + lane_ % 4 * 2;
+                                            const int (&tokens)[2], int strip, int d0) {
+    // Neighbours exchange pairs of columns, so that each has four in a row: even lanes of the first of two
+    // groups of eight, odd lanes of the second.
+    const bool odd = lane() % 2 != 0;
+    const int column = d0 + lane() % 4 / 2 * 4 + (odd ? 8 : 0);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      if (into[r] == nullptr) continue;
+      // Nowhere past the last row.
+      const bool is_token = tokens[r] >= 0 && tokens[r] < a_.e.count, is_centroid = tokens[r] == a_.e.count;
+      float* into = a_.sum_e + static_cast<int64_t>(is_token ? tokens[r] : 0) * a_.d + column;
 #pragma unroll
-      for (int tile = 0; tile < VisitsSm90::kSlice / 8; ++tile) {
+      for (int tile = 0; tile < VisitsSm90::kSlice / 8; tile += 2) {
+        float received[2];
+#pragma unroll
+        for (int side = 0; side < 2; ++side) {
+          const float given = odd ? sums[tile][2 * r + side] : sums[tile + 1][2 * r + side];
+          received[side] = __shfl_xor_sync(0xffffffffu, given, 1);
+        }
+        const float own[2] = {odd ? sums[tile + 1][2 * r] : sums[tile][2 * r],
+                              odd ? sums[tile + 1][2 * r + 1] : sums[tile][2 * r + 1]};
+        const float4 four = odd ? make_float4(received[0], received[1], own[0], own[1])
+                                : make_float4(own[0], own[1], received[0], received[1]);
         if (column + 8 * tile >= a_.d) continue;
-        ptx::reduce_add_2(into[r] + column + 8 * tile, sums[tile][2 * r], sums[tile][2 * r + 1]);
+        if (is_token) ptx::reduce_add_4(into + 8 * tile, four.x, four.y, four.z, four.w);
+        if (is_centroid) {
+          Element* centroid = a_.centroids + static_cast<int64_t>(strip) * a_.d + column + 8 * tile;
+          store_rounded(centroid, four, 1.0f / centroid_weight_scale<Element>());
+        }
       }
     }
   }
@@ -434,81 +502,115 @@ class VisitConsumer {
     const VisitRange slices = slices_of(item, static_cast<uint32_t>(rows), a_.layout.slices);
     if (slices.begin == 0 && a_.grad_bias != nullptr) sum_bias(item, rows);
     if (a_.grad_c == nullptr || (CCE_ABLATE & 4)) return;
-    for (int64_t slice = slices.begin; slice < slices.end; ++slice) {
-      // The warpgroup's 128 columns of the strip, in two halves.
-      MmaSums<1, kVisitSlice / 8> sums[2];
-      int previous = -1;
+    const int end = static_cast<int>(slices.end);
+    for (int slice = static_cast<int>(slices.begin); slice < end; ++slice) {
+      BlockSums sums;
+      multiply_transposed<true>(sums, rows);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        sums[half].clear();
-        ptx::wgmma_hold(sums[half].tiles[0]);
-      }
-      for (int k0 = 0; k0 < rows; k0 += kDepth) {
-        ptx::mbarrier_wait(ring_.full(place_.slot), place_.parity);
-        ptx::fence_async();
-        const uint64_t e = ptx::wgmma_operand_mn(ring_.tile_e(place_.slot), kBox);
-        const uint64_t dz =
-            ptx::wgmma_operand_mn(ring_.tile_c(place_.slot) + 2 * warpgroup_ * kBox, kBox);
-        const int parts = min((rows - k0 + 15) / 16, kDepth / 16);
-        ptx::wgmma_fence();
-#pragma unroll
-        for (int part = 0; part < kDepth / 16; ++part) {
-          if (part >= parts) continue;
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            ptx::wgmma_m64n128k16_mn<Element>(
-                sums[half].tiles[0], dz + half * (kBox / 16) + part * ptx::kWgmmaNextRows,
-                e + part * ptx::kWgmmaNextRows, k0 > 0 || part > 0);
-          }
-        }
-        ptx::wgmma_commit();
-        ptx::wgmma_wait<1>();
-        if (previous >= 0) release(previous);
-        previous = place_.slot;
-        place_.advance();
-      }
-      ptx::wgmma_wait<0>();
-#pragma unroll
-      for (int half = 0; half < 2; ++half) ptx::wgmma_hold(sums[half].tiles[0]);
-      release(previous);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int64_t row0 = static_cast<int64_t>(item.strip) * kTileColumns + warpgroup_ * 128 + half * 64;
-        if (!(CCE_ABLATE & 2)) store_block(sums[half], a_.grad_c, row0 + warp() * 16, a_.c.count,
-                    static_cast<int>(slice) * kVisitSlice, a_.d, scale_.inverse, lane_);
+        const int64_t row0 = static_cast<int64_t>(item.strip) * kTileColumns + first_row(half);
+        store_block(sums.half[half], a_.grad_c, row0, a_.c.count, slice * kVisitSlice, a_.d, scale().inverse, lane());
       }
     }
+  }
+
+  // A warp's part of 256 rows by 128 of D: 16 rows in each half of its warpgroup's 128.
+  struct BlockSums {
+    MmaSums<1, kVisitSlice / 8> half[2];
+  };
+  __device__ __forceinline__ int first_row(int half) const {
+    return warpgroup() * 128 + half * 64 + warp() * 16;
+  }
+
+  // The product of two operands whose rows are k: 256 columns of the one, transposed, with 128 of D. kFence:
+  // threads have brought a part of them.
+  template <bool kFence>
+  __device__ __forceinline__ void multiply_transposed(BlockSums& sums, int depth) {
+    int previous = -1;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      sums.half[half].clear();
+      ptx::wgmma_hold(sums.half[half].tiles[0]);
+    }
+    for (int k0 = 0; k0 < depth; k0 += kDepth) {
+      ptx::mbarrier_wait(ring_.full(place_.slot), place_.parity);
+      if constexpr (kFence) ptx::fence_async();
+      const uint64_t b = ptx::wgmma_operand_mn(ring_.tile_e(place_.slot), kBox);
+      const uint64_t a = ptx::wgmma_operand_mn(ring_.tile_c(place_.slot) + 2 * warpgroup() * kBox, kBox);
+      const int parts = min((depth - k0 + 15) / 16, kDepth / 16);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int part = 0; part < kDepth / 16; ++part) {
+        if (part >= parts) continue;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          ptx::wgmma_m64n128k16_mn<Element>(sums.half[half].tiles[0],
+                                            a + half * (kBox / 16) + part * ptx::kWgmmaNextRows,
+                                            b + part * ptx::kWgmmaNextRows, k0 > 0 || part > 0);
+        }
+      }
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<1>();
+      if (previous >= 0) release(previous);
+      previous = place_.slot;
+      place_.advance();
+    }
+    ptx::wgmma_wait<0>();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) ptx::wgmma_hold(sums.half[half].tiles[0]);
+    release(previous);
   }
 
   // dbias of the strip: the sums of dz's columns, in the order of the tokens, and the control variate's.
   __device__ __forceinline__ void sum_bias(const VisitItem& item, int rows) {
     static_assert(VisitsSm90::kConsumerThreads == kTileColumns, "a thread a column");
-    const Element* dz = a_.dz + static_cast<int64_t>(item.first_row) * kTileColumns + thread_;
+    const Element* dz = a_.dz + static_cast<int64_t>(item.first_row) * kTileColumns + thread();
     float sum = 0.0f;
 #pragma unroll 8
     for (int k = 0; k < rows - 1; ++k) sum += widen<float>(dz[static_cast<int64_t>(k) * kTileColumns]);
     const float weight =
         widen<float>(dz[static_cast<int64_t>(rows - 1) * kTileColumns]) / centroid_weight_scale<Element>();
     sum += weight * a_.residual_sums[item.strip];
-    const int64_t v = static_cast<int64_t>(item.strip) * kTileColumns + thread_;
-    if (v < a_.c.count) a_.grad_bias[v] = narrow<Element>(sum * scale_.inverse);
+    const int64_t v = static_cast<int64_t>(item.strip) * kTileColumns + thread();
+    if (v < a_.c.count) a_.grad_bias[v] = narrow<Element>(sum * scale().inverse);
   }
 
   // ---- dE from its sums ----
 
-  __device__ __forceinline__ void round_rows(const VisitRange& tokens) {
-    const int64_t begin = tokens.begin * a_.d, end = tokens.end * a_.d;
-    for (int64_t i = begin + thread_ * 4; i < end; i += VisitsSm90::kConsumerThreads * 4) {
-      // From L2, where the sums were made.
-      const float4 x = __ldcg(reinterpret_cast<const float4*>(a_.sum_e + i));
-      store_rounded(a_.grad_e + i, x, scale_.inverse);
+  // With what the control variate gives: the residual masses times the centroids.
+  __device__ __forceinline__ void finish_rows(const RoundedPart& part) {
+    BlockSums sums;
+    multiply_transposed<false>(sums, a_.layout.strips);
+    const int d0 = static_cast<int>(part.slices.begin) * kVisitSlice;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      using Sums = MmaSums<1, kVisitSlice / 8>;
+      Sums& own = sums.half[half];
+      const int64_t row0 = part.tokens.begin + first_row(half);
+#pragma unroll
+      for (int r = 0; r < Sums::kRows; ++r) {
+        const int64_t token = row0 + Sums::row_offset(r) + Sums::first_row(lane());
+        if (token >= part.tokens.end) continue;
+#pragma unroll
+        for (int c = 0; c < Sums::kColumns; c += 2) {
+          const int column = d0 + Sums::first_column(lane()) + Sums::column_offset(c);
+          if (column >= a_.d) continue;
+          // From L2, where the sums were made.
+          const float2 x = __ldcg(reinterpret_cast<const float2*>(a_.sum_e + token * a_.d + column));
+          own.at(r, c) += x.x;
+          own.at(r, c + 1) += x.y;
+          // A few loads at a time: there are no registers for all.
+          if (c % 8 == 6) asm volatile("" ::: "memory");
+        }
+      }
+      store_block(own, a_.grad_e, row0, a_.e.count, d0, a_.d, scale().inverse, lane());
     }
   }
 
   // ---- The ring ----
 
   __device__ __forceinline__ void release(int slot) {
-    if (lane_ == 0) ptx::mbarrier_arrive(ring_.empty(slot));
+    if (lane() == 0) ptx::mbarrier_arrive(ring_.empty(slot));
   }
   // Of the present stage, which is done with.
   __device__ __forceinline__ void release() {
@@ -529,17 +631,25 @@ class VisitConsumer {
     }
   }
 
+  // Where the thread is, computed where it is wanted: the products take the registers.
+  __device__ __forceinline__ static int thread() { return ptx::thread_number(); }
+  __device__ __forceinline__ static int lane() { return thread() % kWarpLanes; }
+  __device__ __forceinline__ GradientScale<Element> scale() const {
+    return GradientScale<Element>(a_.queue.control->largest);
+  }
+  // The same for all lanes of a warp, and the compiler is to know it.
+  __device__ __forceinline__ static int warpgroup() {
+    return __shfl_sync(0xffffffffu, thread() / LogitsSm90::kWarpgroupThreads, 0);
+  }
   // The warp's number in its warpgroup.
-  __device__ __forceinline__ int warp() const {
-    return thread_ / kWarpLanes % (LogitsSm90::kWarpgroupThreads / kWarpLanes);
+  __device__ __forceinline__ static int warp() {
+    return thread() / kWarpLanes % (LogitsSm90::kWarpgroupThreads / kWarpLanes);
   }
 
   const VisitsArguments<Element>& a_;
-  VisitsSm90Shared& shared_;
+  VisitsSm90Shared<Element>& shared_;
   const VisitSlots slots_;
   const Ring ring_;
-  const GradientScale<Element> scale_;
-  const int thread_, lane_, warpgroup_;
   RingPlace place_;
 };
 
@@ -552,8 +662,8 @@ __global__ void __launch_bounds__(VisitsSm90::kThreads, 1)
   constexpr uint32_t kAlignment = LogitsSm90Shared::kAlignment;
   const auto unaligned = static_cast<uint32_t>(__cvta_generic_to_shared(memory));
   const uint32_t begin = (unaligned + kAlignment - 1) / kAlignment * kAlignment;
-  static_assert(offsetof(VisitsSm90Shared, ring) == 0, "the ring's addresses count from there");
-  auto& shared = *reinterpret_cast<VisitsSm90Shared*>(memory + (begin - unaligned));
+  static_assert(offsetof(VisitsSm90Shared<Element>, ring) == 0, "the ring's addresses count from there");
+  auto& shared = *reinterpret_cast<VisitsSm90Shared<Element>*>(memory + (begin - unaligned));
   const Ring ring = {begin};
   const VisitSlots slots = {begin};
   if (threadIdx.x == 0) {
@@ -574,13 +684,13 @@ __global__ void __launch_bounds__(VisitsSm90::kThreads, 1)
   if (warp >= VisitsSm90::kFirstLoaderWarp) {
     ptx::keep_registers<VisitsSm90::kProducerRegisters>();
     if (warp < VisitsSm90::kScoutWarp) {
-      VisitLoader<Element>(maps, a, shared, slots, ring).run();
+      VisitLoader<Element>(maps, a, shared, ring).run();
     } else if (warp == VisitsSm90::kScoutWarp) {
       VisitScout<Element>(a, shared, slots).run();
     }
   } else {
     ptx::take_registers<VisitsSm90::kConsumerRegisters>();
-    VisitConsumer<Element>(a, shared, slots, ring, warp / 4).run();
+    VisitConsumer<Element>(a, shared, ring).run();
   }
 }
 

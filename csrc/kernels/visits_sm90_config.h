@@ -10,12 +10,12 @@ namespace cce {
 // The visits on wgmma: a strip is a whole vocab tile. The ring of stages is the forward's: 128 rows of E and
 // 256 of C, 64 of D; for dC its halves are 64 visits of dz and the same tokens' rows in 128 of D.
 struct VisitsSm90 {
-  static constexpr VisitShape kShape = {kTileColumns, 16};
+  static constexpr VisitShape kShape = {kTileColumns, 16, true};
   // Columns of D that a stage of dE has.
   static constexpr int kSlice = kRowElements;
-  // Roles: two warpgroups of consumers, then two warps that load and one that looks for work ahead of all.
+  // Roles: two warpgroups of consumers, then three warps that load and one that looks for work ahead of all.
   static constexpr int kConsumerThreads = LogitsSm90::kConsumers * LogitsSm90::kWarpgroupThreads;
-  static constexpr int kLoaderWarps = 2;
+  static constexpr int kLoaderWarps = 3;
   static constexpr int kLoaderThreads = kLoaderWarps * kWarpLanes;
   static constexpr int kFirstLoaderWarp = kConsumerThreads / kWarpLanes;
   static constexpr int kScoutWarp = kFirstLoaderWarp + kLoaderWarps;
@@ -30,6 +30,7 @@ struct VisitsSm90 {
 };
 
 // An item that the scout has found, with all that the others need to know.
+template <typename Element>
 struct VisitSlot {
   VisitItem item;
   bool more;     // false: there are no more items
@@ -37,16 +38,19 @@ struct VisitSlot {
   int visits;    // of an item of dz: its tokens
   VisitRow row[kVisitRows];
   int token[kVisitRows];
+  const Element* e[kVisitRows];  // of each row, its tokens' and the mean token's
 };
 
+template <typename Element>
 struct VisitsSm90Shared {
   LogitsSm90Shared ring;
-  VisitSlot slots[VisitsSm90::kSlots];
+  VisitSlot<Element> slots[VisitsSm90::kSlots];
   uint64_t found[VisitsSm90::kSlots];  // barriers: the scout has filled the slot
   uint64_t done[VisitsSm90::kSlots];   // barriers: loader and consumers need it no more
 };
 
+// Whatever the element.
 constexpr int kVisitsSm90SharedBytes =
-    LogitsSm90Shared::kAlignment + static_cast<int>(sizeof(VisitsSm90Shared));
+    LogitsSm90Shared::kAlignment + static_cast<int>(sizeof(VisitsSm90Shared<uint16_t>));
 
 }  // namespace cce

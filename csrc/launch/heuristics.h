@@ -255,14 +255,14 @@ enum class VisitsKernel { kSm80, kSm90 };
 struct VisitsPlan {
   VisitsKernel kernel;
   const char* reason;
+  VisitShape shape;
   VisitLayout layout;
   int words;  // of a tile's bits
   int stages;
   int shared_bytes;
   int blocks;
   int tiles;
-  int64_t residual_stride;  // tokens of a row of residual masses: cuBLAS takes multiples of 16 bytes best
-  int centroid_group;       // rows of C in shared memory at a time
+  int centroid_group;  // rows of C in shared memory at a time, where a pass of its own finds the centroids
   int live_product_stages;
   int64_t wait_milliseconds = -1;  // after which a wait gives up; -1: never
 
@@ -283,12 +283,11 @@ inline VisitsPlan plan_visits(const LossInputs& in, bool need_e, bool need_c, bo
     plan.stages = ring_stages(limits, kVisitStageBytes, sizeof(VisitsShared));
     plan.shared_bytes = plan.stages * kVisitStageBytes + static_cast<int>(sizeof(VisitsShared));
   }
-  plan.layout = visit_layout(in.n, in.d, in.v, need_e, need_c, need_bias,
-                             plan.kernel == VisitsKernel::kSm90 ? VisitsSm90::kShape : kVisitShape);
+  plan.shape = plan.kernel == VisitsKernel::kSm90 ? VisitsSm90::kShape : kVisitShape;
+  plan.layout = visit_layout(in.n, in.d, in.v, need_e, need_c, need_bias, plan.shape);
   plan.words = mask_words(static_cast<int>(in.n));
   plan.blocks = limits.multiprocessors;
   plan.tiles = static_cast<int>(ceil_div(in.v, kTileColumns));
-  plan.residual_stride = round_up(in.n, 8);
   plan.centroid_group = centroid_group(static_cast<int>(in.d), limits.shared_bytes - kCentroidStaticBytes);
   plan.live_product_stages = ring_stages(limits, kVisitStageBytes, 0);
   return plan;

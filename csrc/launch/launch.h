@@ -35,13 +35,12 @@ LaunchError launch_exact_backward(const LceBackwardParams& params, const ExactSc
 // Rounds these sums to grad_e, which may be allocated as late as this.
 LaunchError launch_round_gradient(const LceBackwardParams& params, int device, void* stream);
 
-// Finds the visits and lists the work; the control variate's part of e's gradient is then in the sums.
+// Finds the visits and lists the work.
 LaunchError launch_visits_plan(const LceBackwardParams& params, const VisitsScratch& scratch,
-                               const ControlVariateScratch& variate, const VisitsPlan& plan, const Blas& blas,
-                               int device, void* stream);
+                               const VisitsPlan& plan, const Blas& blas, int device, void* stream);
 
 // Does the work.
 LaunchError launch_visits(const LceBackwardParams& params, const VisitsScratch& scratch,
-                          const VisitsRing& ring, const VisitsPlan& plan, int device, void* stream);
+                          const VisitsPlan& plan, int device, void* stream);
 
 }  // namespace cce

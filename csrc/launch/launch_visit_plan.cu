@@ -12,19 +12,20 @@
 namespace cce {
 namespace {
 
-// Each tile's weights and its centroid.
+// The mean token, and unless the visits find them each tile's weights and centroid.
 template <typename Element>
 cudaError_t find_centroids(const LceBackwardParams& p, const VisitsScratch& scratch,
-                           const ControlVariateScratch& variate, const VisitsPlan& plan, cudaStream_t on) {
+                           const VisitsPlan& plan, cudaStream_t on) {
   MeanRowsArguments<Element> m;
   m.e = rows_of_e<Element>(p.in);
   m.rows = static_cast<const GradientRow*>(p.rows);
   m.d = plan.layout.d;
-  m.sums = variate.mean_sums;
-  m.mean = static_cast<Element*>(variate.mean);
+  m.sums = scratch.mean_sums;
+  m.mean = static_cast<Element*>(scratch.mean);
   const auto blocks = static_cast<unsigned>(ceil_div(p.in.d, kMeanColumns));
   mean_rows_sums_kernel<Element><<<dim3(blocks, kMeanSplits), kMeanThreads, 0, on>>>(m);
   mean_rows_kernel<Element><<<blocks, kMeanThreads, 0, on>>>(m);
+  if (plan.shape.finds_centroids) return cudaGetLastError();
 
   CentroidsArguments<Element> c;
   c.c = rows_of_c<Element>(p.in, 0, p.in.v);
@@ -35,7 +36,7 @@ cudaError_t find_centroids(const LceBackwardParams& p, const VisitsScratch& scra
   c.d = plan.layout.d;
   c.group = plan.centroid_group;
   c.weights = static_cast<Element*>(scratch.weights);
-  c.centroids = static_cast<Element*>(variate.centroids);
+  c.centroids = static_cast<Element*>(scratch.centroids);
   const int shared_bytes = plan.centroid_shared_bytes();
   const cudaError_t error = allow_shared_memory(centroids_kernel<Element>, shared_bytes);
   if (error != cudaSuccess) return error;
@@ -47,7 +48,7 @@ cudaError_t find_centroids(const LceBackwardParams& p, const VisitsScratch& scra
 // Which pairs are visited, and what the control variate makes up for.
 template <typename Element>
 cudaError_t find_visits(const LceBackwardParams& p, const VisitsScratch& scratch,
-                        const ControlVariateScratch& variate, const VisitsPlan& plan, cudaStream_t on) {
+                        const VisitsPlan& plan, cudaStream_t on) {
   const cudaError_t error = cudaMemsetAsync(scratch.counts, 0, plan.tiles * sizeof(uint32_t), on);
   if (error != cudaSuccess) return error;
   VisitMaskArguments<Element> m;
@@ -62,8 +63,8 @@ cudaError_t find_visits(const LceBackwardParams& p, const VisitsScratch& scratch
   m.tiles = plan.tiles;
   m.mask = static_cast<uint32_t*>(scratch.mask);
   m.counts = static_cast<uint32_t*>(scratch.counts);
-  m.residual = static_cast<Element*>(variate.residual);
-  m.residual_stride = static_cast<int>(plan.residual_stride);
+  m.residual = visit_residual<Element>(p, scratch, plan.layout);
+  m.residual_stride = plan.layout.residual_stride;
   // A block writes 4 KB of the mask: 2^31 blocks would be 8 TB of it.
   const int64_t mask_blocks = ceil_div(plan.layout.n, kMaskTokens) * ceil_div(plan.tiles, kChainTiles);
   visit_mask_kernel<Element><<<static_cast<unsigned>(mask_blocks), kMaskThreads, 0, on>>>(m);
@@ -83,10 +84,10 @@ cudaError_t find_visits(const LceBackwardParams& p, const VisitsScratch& scratch
 // The products of the residual masses: with E for dC, with the centroids for dE.
 template <typename Element>
 LaunchError multiply_residuals(const LceBackwardParams& p, const VisitsScratch& scratch,
-                               const ControlVariateScratch& variate, const VisitsPlan& plan, const Blas& blas,
+                               const VisitsPlan& plan, const Blas& blas,
                                cudaStream_t on) {
-  const auto* residual = static_cast<const Element*>(variate.residual);
-  const BlasMatrix masses = {residual, plan.residual_stride};
+  const Element* residual = visit_residual<Element>(p, scratch, plan.layout);
+  const BlasMatrix masses = {residual, plan.layout.residual_stride};
   const int64_t n = p.in.n, d = p.in.d, tiles = plan.tiles;
   Cublas cublas(blas, p.in.dtype);
   if (p.grad_c != nullptr) {
@@ -96,7 +97,7 @@ LaunchError multiply_residuals(const LceBackwardParams& p, const VisitsScratch& 
                             kFactor);
     LiveProductArguments<Element> l;
     l.weights = residual;
-    l.stride = plan.residual_stride;
+    l.stride = plan.layout.residual_stride;
     l.e = rows_of_e<Element>(p.in);
     l.rows = static_cast<const GradientRow*>(p.rows);
     l.control = control_of(p);
@@ -111,11 +112,16 @@ LaunchError multiply_residuals(const LceBackwardParams& p, const VisitsScratch& 
   if (p.grad_bias != nullptr) {
     const auto blocks = static_cast<unsigned>(ceil_div(tiles, kResidualSumsThreads / kWarpLanes));
     residual_sums_kernel<Element><<<blocks, kResidualSumsThreads, 0, on>>>(
-        residual, static_cast<int>(plan.residual_stride), plan.layout.n, plan.tiles, scratch.residual_sums);
+        residual, plan.layout.residual_stride, plan.layout.n, plan.tiles, scratch.residual_sums);
   }
   if (p.grad_e != nullptr) {
-    cublas.multiply_transposed_wide(masses, {variate.centroids, d}, n, d, tiles,
-                                    visit_sums<Element>(p, plan.layout));
+    float* sums = visit_sums<Element>(p, plan.layout);
+    if (plan.layout.finds_centroids) {
+      const cudaError_t error = cudaMemsetAsync(sums, 0, n * d * sizeof(float), on);
+      if (error != cudaSuccess) return cuda_error(error);
+    } else {
+      cublas.multiply_transposed_wide(masses, {scratch.centroids, d}, n, d, tiles, sums);
+    }
   }
   if (cublas.error() != nullptr) return {"cuBLAS", cublas.error()};
   return cuda_error(cudaGetLastError());
@@ -124,17 +130,17 @@ LaunchError multiply_residuals(const LceBackwardParams& p, const VisitsScratch& 
 }  // namespace
 
 LaunchError launch_visits_plan(const LceBackwardParams& p, const VisitsScratch& scratch,
-                               const ControlVariateScratch& variate, const VisitsPlan& plan, const Blas& blas,
+                               const VisitsPlan& plan, const Blas& blas,
                                int device, void* stream) {
   if (p.in.n == 0) return {};
   const auto on = static_cast<cudaStream_t>(stream);
   return dispatch_16bit(p.in.dtype, [&](auto element) -> LaunchError {
     using Element = decltype(element);
     cudaError_t error = cudaSetDevice(device);
-    if (error == cudaSuccess) error = find_centroids<Element>(p, scratch, variate, plan, on);
-    if (error == cudaSuccess) error = find_visits<Element>(p, scratch, variate, plan, on);
+    if (error == cudaSuccess) error = find_centroids<Element>(p, scratch, plan, on);
+    if (error == cudaSuccess) error = find_visits<Element>(p, scratch, plan, on);
     if (error != cudaSuccess) return cuda_error(error);
-    return multiply_residuals<Element>(p, scratch, variate, plan, blas, on);
+    return multiply_residuals<Element>(p, scratch, plan, blas, on);
   });
 }
 

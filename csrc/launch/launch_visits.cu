@@ -50,8 +50,8 @@ LaunchError launch_visits_sm80(const VisitsArguments<Element>& a, const VisitsPl
 }
 
 template <typename Element>
-LaunchError launch(const LceBackwardParams& p, const VisitsScratch& scratch, const VisitsRing& ring,
-                   const VisitsPlan& plan, int device, void* stream) {
+LaunchError launch(const LceBackwardParams& p, const VisitsScratch& scratch, const VisitsPlan& plan,
+                   int device, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   const VisitLayout& layout = plan.layout;
   const cudaError_t error = cudaSetDevice(device);
@@ -82,11 +82,14 @@ LaunchError launch(const LceBackwardParams& p, const VisitsScratch& scratch, con
   if (watched) a.queue.gave_up->gave_up = 0;
   a.rate = visit_rate(scratch.eps, plan.tiles);
   a.layout = layout;
+  a.mean = static_cast<const Element*>(scratch.mean);
+  a.centroids = static_cast<Element*>(scratch.centroids);
+  a.residual = visit_residual<Element>(p, scratch, layout);
   a.weights = static_cast<const Element*>(scratch.weights);
   a.residual_e = static_cast<const Element*>(scratch.residual_e);
   a.residual_sums = scratch.residual_sums;
-  a.dz = layout.slices == 0 ? nullptr : static_cast<Element*>(ring.dz);
-  a.tokens = static_cast<int*>(ring.tokens);
+  a.dz = layout.slices == 0 ? nullptr : static_cast<Element*>(scratch.dz);
+  a.tokens = static_cast<int*>(scratch.tokens);
   a.sum_e = visit_sums<Element>(p, layout);
   a.grad_e = static_cast<Element*>(p.grad_e);
   a.grad_c = static_cast<Element*>(p.grad_c);
@@ -103,11 +106,11 @@ LaunchError launch(const LceBackwardParams& p, const VisitsScratch& scratch, con
 
 }  // namespace
 
-LaunchError launch_visits(const LceBackwardParams& p, const VisitsScratch& scratch, const VisitsRing& ring,
-                          const VisitsPlan& plan, int device, void* stream) {
+LaunchError launch_visits(const LceBackwardParams& p, const VisitsScratch& scratch, const VisitsPlan& plan,
+                          int device, void* stream) {
   if (p.in.n == 0) return {};
   return dispatch_16bit(p.in.dtype, [&](auto element) {
-    return launch<decltype(element)>(p, scratch, ring, plan, device, stream);
+    return launch<decltype(element)>(p, scratch, plan, device, stream);
   });
 }
 

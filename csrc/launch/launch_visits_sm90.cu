@@ -20,6 +20,15 @@ LaunchError launch_visits_sm90(const VisitsArguments<Element>& a, const VisitsPl
     refused = encode_rows<Element>(maps.dz, a.dz, layout.ring_rows(), kTileColumns, kTileColumns,
                                    kRowElements);
   }
+  if (layout.finds_centroids) {
+    if (refused == nullptr) {
+      refused = encode_rows<Element>(maps.residual, a.residual, layout.strips, layout.residual_stride,
+                                     layout.residual_stride, kRowElements);
+    }
+    if (refused == nullptr) {
+      refused = encode_rows<Element>(maps.centroids, a.centroids, layout.strips, a.d, a.d, kRowElements);
+    }
+  }
   if (refused != nullptr) return {"CUDA", refused};
   kernel<<<plan.blocks, VisitsSm90::kThreads, plan.shared_bytes, static_cast<cudaStream_t>(stream)>>>(maps,
                                                                                                       a);

@@ -77,21 +77,14 @@ struct VisitsScratch {
   void* chunk_begins;    // [chunks + 1, 2]
   void* pending;         // [2 + 2 chunks]
   void* items;           // VisitItem each
+  float* mean_sums;      // [mean splits, d]
+  void* mean;            // [d] of e's dtype: the mean token
   void* weights;         // [tiles, 256] of e's dtype: of a tile's columns in its centroid
+  void* centroids;       // [tiles, d] of e's dtype
+  void* residual;        // [tiles, residual stride] of e's dtype
   void* residual_e;      // [tiles, d] of e's dtype: sums of e by residual masses, where dC is wanted
   float* residual_sums;  // [tiles]: sums of these masses, where dbias is wanted
-};
-
-// What is done with when the visits begin.
-struct ControlVariateScratch {
-  float* mean_sums;  // [mean splits, d]
-  void* mean;        // [d] of e's dtype
-  void* centroids;   // [tiles, d] of e's dtype
-  void* residual;    // [tiles, residual stride] of e's dtype
-};
-
-// What begins when that is done with.
-struct VisitsRing {
+  // For launch_visits alone.
   void* dz;      // [buffers, columns of a strip] of e's dtype
   void* tokens;  // [buffers]
 };

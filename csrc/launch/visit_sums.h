@@ -12,4 +12,11 @@ float* visit_sums(const LceBackwardParams& p, const VisitLayout& layout) {
   return reinterpret_cast<float*>(static_cast<Element*>(p.grad_c) + layout.sums_begin);
 }
 
+// The residual masses, which where the visits need them lie there as well.
+template <typename Element>
+Element* visit_residual(const LceBackwardParams& p, const VisitsScratch& scratch, const VisitLayout& layout) {
+  if (!layout.borrows() || !layout.finds_centroids) return static_cast<Element*>(scratch.residual);
+  return static_cast<Element*>(p.grad_c) + layout.residual_begin;
+}
+
 }  // namespace cce

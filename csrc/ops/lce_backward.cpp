@@ -92,9 +92,15 @@ void visits(LceBackwardParams params, const Tensor& tile_map, const int64_t* see
   const Tensor chunk_begins = ints(2 * (layout.max_chunks + 1));
   const Tensor pending = ints(layout.max_gates());
   const Tensor items = ints(layout.max_items * static_cast<int64_t>(sizeof(VisitItem) / sizeof(int)));
-  const Tensor weights = new_empty(e, {tiles, kTileColumns});
   const Tensor residual_e = new_empty(e, {need_c ? tiles : 0, in.d});
   const Tensor residual_sums = floats(need_bias ? tiles : 0, 1);
+  const Tensor mean = new_empty(e, {in.d});
+  const Tensor mean_sums = floats(kMeanSplits, in.d);
+  const bool finds = plan.shape.finds_centroids;
+  const Tensor weights = new_empty(e, {finds ? 0 : tiles, kTileColumns});
+  Tensor centroids = new_empty(e, {tiles, in.d});
+  const bool lent = layout.borrows() && layout.finds_centroids;
+  Tensor residual = new_empty(e, {lent ? 0 : tiles, layout.residual_stride});
   VisitsScratch scratch{};
   scratch.tile_map = tile_map.const_data_ptr();
   scratch.seed = seed;
@@ -105,27 +111,25 @@ void visits(LceBackwardParams params, const Tensor& tile_map, const int64_t* see
   scratch.chunk_begins = chunk_begins.mutable_data_ptr();
   scratch.pending = pending.mutable_data_ptr();
   scratch.items = items.mutable_data_ptr();
+  scratch.mean_sums = static_cast<float*>(mean_sums.mutable_data_ptr());
+  scratch.mean = mean.mutable_data_ptr();
   scratch.weights = weights.mutable_data_ptr();
+  scratch.centroids = centroids.mutable_data_ptr();
+  scratch.residual = residual.mutable_data_ptr();
   scratch.residual_e = residual_e.mutable_data_ptr();
   scratch.residual_sums = static_cast<float*>(residual_sums.mutable_data_ptr());
-  {
-    // Freed before the ring is allocated: they never live together.
-    const Tensor mean_sums = floats(kMeanSplits, in.d);
-    const Tensor mean = new_empty(e, {in.d});
-    const Tensor centroids = new_empty(e, {tiles, in.d});
-    const Tensor residual = new_empty(e, {tiles, plan.residual_stride});
-    const ControlVariateScratch variate = {static_cast<float*>(mean_sums.mutable_data_ptr()),
-                                           mean.mutable_data_ptr(), centroids.mutable_data_ptr(),
-                                           residual.mutable_data_ptr()};
-    check_launch(kOp,
-                 launch_visits_plan(params, scratch, variate, plan, current_blas(), scope.device(),
-                                    scope.stream()),
-                 e);
+  check_launch(
+      kOp, launch_visits_plan(params, scratch, plan, current_blas(), scope.device(), scope.stream()), e);
+  if (!layout.finds_centroids) {
+    // Done with before the ring is wanted: they never live together.
+    centroids = new_empty(e, {0});
+    residual = new_empty(e, {0});
   }
   const Tensor dz = new_empty(e, {layout.ring_rows(), layout.columns});
   const Tensor tokens = ints(layout.ring_rows());
-  const VisitsRing ring = {dz.mutable_data_ptr(), tokens.mutable_data_ptr()};
-  check_launch(kOp, launch_visits(params, scratch, ring, plan, scope.device(), scope.stream()), e);
+  scratch.dz = dz.mutable_data_ptr();
+  scratch.tokens = tokens.mutable_data_ptr();
+  check_launch(kOp, launch_visits(params, scratch, plan, scope.device(), scope.stream()), e);
 }
 
 // A gradient as wide as the input was before its rows were padded.

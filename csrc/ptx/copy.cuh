@@ -56,4 +56,15 @@ __device__ __forceinline__ void reduce_add_2(float* address, float x, float y) {
 #endif
 }
 
+__device__ __forceinline__ void reduce_add_4(float* address, float x, float y, float z, float w) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(x), "f"(y),
+               "f"(z), "f"(w)
+               : "memory");
+#else
+  reduce_add_2(address, x, y);
+  reduce_add_2(address + 2, z, w);
+#endif
+}
+
 }  // namespace cce::ptx

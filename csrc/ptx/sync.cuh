@@ -4,6 +4,14 @@
 
 namespace cce::ptx {
 
+// The thread's number in its block, read where it is wanted: the compiler would keep threadIdx.x, and all
+// that it computes from it, in registers. PTX ISA, "Special Registers: %tid".
+__device__ __forceinline__ int thread_number() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // ---- Between the warps of a block ----
 
 // Waits until kThreads of the block's threads, whole warps, are at barrier kBarrier (0 is that of
