@@ -7,7 +7,7 @@ Same contract as the CUDA kernels; their oracle, together with reference.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -35,9 +35,9 @@ from .sampling import (
 FILTER_ROWS = 128
 FILTER_COLUMNS = 128
 
-# Sums of exponentials that say that no offset was needed: no logit whose square is near overflow, no token where that
-# of a tile that matters is near underflow.
-_SAFE_SUMS = (1e-12, 1e18)
+# A token's sum of exponentials that says that no offset was needed: their squares do not overflow, nor do those of a
+# tile that matters vanish.
+_SAFE_SUMS = (1e-12, 1e19)
 
 
 def lce_forward(
@@ -69,62 +69,72 @@ def lce_forward(
     buffer = torch.empty(step, width, dtype=acc, device=e.device)
     for i in range(0, count, step):
         rows = slice(i, min(i + step, count)) if live is None else live[i : i + step]
-        lse[rows], tiles = _reduce_tiles(classifier, take(e, rows).to(acc), buffer, need_map)
-        if tiles is not None:
-            log_mass, log_norm = (x.sub_(reference[rows, None]).mul_(LOG2_E) for x in tiles)
-            tile_map[:, rows] = encode_tiles(log_mass, log_norm).T
+        sums = _reduce_tiles(classifier, take(e, rows).to(acc), buffer, need_map)
+        lse[rows] = sums.lse
+        if sums.log_norm is not None:
+            logs = (x.sub_(reference[rows, None]).mul_(LOG2_E) for x in (sums.log_mass, sums.log_norm))
+            tile_map[:, rows] = encode_tiles(*logs).T
 
     lse.masked_fill_(ignored, 0.0)
     return lse - label, lse, tile_map
 
 
-def _reduce_tiles(
-    classifier: Classifier, e: Tensor, buffer: Tensor, need_tiles: bool
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Of rows e [R, D] the lse [R] and, if needed, the logarithms of each vocab tile's sum and L2 norm of exp(z).
+class TileSums(NamedTuple):
+    """Of some tokens, lse [R] and logarithms of each vocab tile's sum and L2 norm of exp(z), [R, tiles] or None."""
 
-    The latter are [R, tiles]. Blocks of logits live in buffer.
-    """
+    lse: Tensor
+    log_mass: Tensor
+    log_norm: Tensor | None
+
+
+def _reduce_tiles(classifier: Classifier, e: Tensor, buffer: Tensor, need_norm: bool) -> TileSums:
+    """Of rows e [R, D]. Blocks of logits live in buffer."""
+    # Most logits are so small that exp needs no offset, which is two passes less over the block. Tokens where some are
+    # not are done again; only on a CPU is it free to ask.
+    if e.device.type != "cpu":
+        return _reduce_blocks(classifier, e, buffer, need_norm, with_offset=True)
+    out = _reduce_blocks(classifier, e, buffer, need_norm, with_offset=False)
+    low, high = (math.log(x) for x in _SAFE_SUMS)
+    again = (~((out.lse > low) & (out.lse < high))).nonzero()[:, 0]
+    if len(again):
+        better = _reduce_blocks(classifier, e[again], buffer, need_norm, with_offset=True)
+        for x, y in zip(out, better, strict=True):
+            if x is not None and y is not None:
+                x[again] = y
+    return out
+
+
+def _reduce_blocks(
+    classifier: Classifier, e: Tensor, buffer: Tensor, need_norm: bool, *, with_offset: bool
+) -> TileSums:
     v = len(classifier.c)
     sums = e.new_empty(len(e), num_tiles(v))
-    norms = torch.empty_like(sums) if need_tiles else None
-
-    def blocks() -> Iterator[tuple[Tensor, slice]]:
-        """Logits [R, columns], whole tiles with -inf past the vocabulary, and the numbers of these tiles."""
-        for v0 in range(0, v, buffer.shape[1]):
-            cols, bias = classifier.columns(v0, min(v0 + buffer.shape[1], v))
-            tiles, first = num_tiles(len(cols)), v0 // TILE_COLUMNS
-            z = buffer[: len(e), : tiles * TILE_COLUMNS]
-            if len(cols) < z.shape[1]:
-                z[:, len(cols) :] = -float("inf")
-            classifier.logits(e, cols, bias, out=z[:, : len(cols)])
-            yield z, slice(first, first + tiles)
-
-    def tiles_of(z: Tensor) -> Tensor:
-        return z.view(len(z), -1, TILE_COLUMNS)
-
-    def reduce(z: Tensor, tiles: slice) -> None:
-        torch.sum(tiles_of(z.exp_()), 2, out=sums[:, tiles])
-        if norms is not None:
-            torch.linalg.vector_norm(tiles_of(z), dim=2, out=norms[:, tiles])
-
-    # Most logits are so small that exp needs no offset, which is two passes less over the block. Where some are
-    # not, all is done again; only on a CPU is it free to ask.
-    if e.device.type == "cpu" and len(e):
-        for z, tiles in blocks():
-            reduce(z, tiles)
-        total = sums.sum(1)
-        low, high = total.aminmax()
-        if low > _SAFE_SUMS[0] and high < _SAFE_SUMS[1]:
-            return total.log_(), None if norms is None else (sums.log_(), norms.log_())
-    for z, tiles in blocks():
-        # A column of -inf (a masked vocabulary entry) must not make -inf - -inf.
-        offset = z.amax(1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)
-        reduce(z.sub_(offset), tiles)
-        sums[:, tiles].log_().add_(offset)
-        if norms is not None:
-            norms[:, tiles].log_().add_(offset)
-    return sums.logsumexp(1), None if norms is None else (sums, norms)
+    norms = torch.empty_like(sums) if need_norm else None
+    for v0 in range(0, v, buffer.shape[1]):
+        cols, bias = classifier.columns(v0, min(v0 + buffer.shape[1], v))
+        count, first = num_tiles(len(cols)), v0 // TILE_COLUMNS
+        z = buffer[: len(e), : count * TILE_COLUMNS]
+        if len(cols) < z.shape[1]:
+            z[:, len(cols) :] = -float("inf")
+        classifier.logits(e, cols, bias, out=z[:, : len(cols)])
+        offset = None
+        if with_offset:
+            # A column of -inf (a masked vocabulary entry) must not make -inf - -inf.
+            offset = z.amax(1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)
+            z -= offset
+        by_tile = z.exp_().view(len(z), -1, TILE_COLUMNS)
+        mass = torch.sum(by_tile, 2, out=sums[:, first : first + count])
+        norm = None if norms is None else norms[:, first : first + count]
+        if norm is not None:
+            torch.linalg.vector_norm(by_tile, dim=2, out=norm)
+        if offset is not None:
+            for x in (mass, norm):
+                if x is not None:
+                    x.log_().add_(offset)
+    if with_offset:
+        return TileSums(sums.logsumexp(1), sums, norms)
+    lse = sums.sum(1).log_()
+    return TileSums(lse, sums.log_(), None if norms is None else norms.log_())
 
 
 def lce_backward(
