@@ -92,8 +92,8 @@ def visit_probabilities(share: TileShare, log2_rate: float, even_share: float) -
 
 
 def tile_masses(share: TileShare) -> Tensor:
-    """The sums of p that the control variate takes: at most 1."""
-    return torch.exp2(share.log2_mass.clamp(max=0.0)).masked_fill_(share.none, 0.0)
+    """The sums of p that the control variate takes: at most 1, and 1 where that is no number."""
+    return torch.exp2(share.log2_mass.nan_to_num(nan=0.0).clamp_(max=0.0)).masked_fill_(share.none, 0.0)
 
 
 def row_keys(seed: Tensor, rows: Tensor) -> Tensor:
