@@ -70,7 +70,7 @@ def dense_control_variate(p, outputs, seed, eps):
     return [dz @ q.c, dz.T @ q.e.masked_fill(~live[:, None], 0.0), dz.sum(0)]
 
 
-@pytest.mark.parametrize("softcap", [None, 8.0])
+@pytest.mark.parametrize("softcap", [None, 20.0])
 @pytest.mark.parametrize("v", [100, 256, 2000, 2048])
 @pytest.mark.parametrize("n", [1, 70])
 def test_it_is_what_it_is_said_to_be(n, v, softcap, device, monkeypatch):
@@ -86,8 +86,8 @@ def test_it_is_what_it_is_said_to_be(n, v, softcap, device, monkeypatch):
         assert added.any() == (v > 256)
 
 
-@pytest.mark.parametrize(("eps", "factor"), [(2.0**-5, 1.4), (2.0**-8, 1.2)])
-def test_it_lowers_the_error_of_lm_inputs(eps, factor, monkeypatch):
+@pytest.mark.parametrize("eps", [2.0**-5, 2.0**-8])
+def test_it_lowers_the_error_of_lm_inputs(eps, monkeypatch):
     p = lm(256, 512, 16384, dtype=torch.float32)
     nll, lse, tile_map = torch.ops.cce.lce_forward(p.e, p.c, None, p.targets, None)
     inputs = (torch.ones_like(nll), None, p.e, p.c, None, p.targets, nll, lse, tile_map)
@@ -100,9 +100,9 @@ def test_it_lowers_the_error_of_lm_inputs(eps, factor, monkeypatch):
     of_e, of_c = errors()
     without(monkeypatch)
     plain_of_e, plain_of_c = errors()
-    print("RATIO", eps, plain_of_e / of_e, plain_of_c / of_c)
-    assert plain_of_e > factor * of_e
-    assert plain_of_c > of_c
+    # 2.27 and 1.37 times at the larger eps, 1.97 and 1.39 at the smaller one.
+    assert plain_of_e > 1.5 * of_e
+    assert plain_of_c > 1.15 * of_c
 
 
 def test_a_side_that_is_exact_has_none(device):

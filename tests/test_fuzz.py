@@ -21,7 +21,7 @@ SAMPLED = fuzz_cases.Case(40, 24, 2000, dtype="float32", filter_eps=2.0**-5, bia
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Smaller cases, and one thread, as the program takes on a CPU."""
-    monkeypatch.setitem(fuzz_cases.LARGEST, "cpu", (64, 64, 2000))
+    monkeypatch.setitem(fuzz_cases.LARGEST, "cpu", (64, 64, 4000))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -149,7 +149,7 @@ def spread_evenly(self, t0, t1, spread=control_variate.ControlVariate.spread):
 
 def visit_too_rarely(seed, first_tile, q, live):
     """A biased rule: the weights are 1/q, the visits are fewer. It is the check's own rule as well."""
-    return sampling.draw_visits(seed, first_tile, torch.where(q < 1, 0.5 * q, q), live)
+    return sampling.draw_visits(seed, first_tile, torch.where(q < 1, 0.7 * q, q), live)
 
 
 def fail(*args, **options):
@@ -182,7 +182,7 @@ def test_what_is_broken_is_found_and_repeated(name, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         for target in broken:
             patch.setattr(*target)
-        assert fuzz.main(["--device", "cpu", "--cases", "12", "--seed", "1"]) == 1
+        assert fuzz.main(["--device", "cpu", "--cases", "24", "--seed", "1"]) == 1
         lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("python -m bench.checks.fuzz")]
         assert lines and all(re.search(r"  # .+", line) for line in lines)
         # As a shell reads it, up to the comment.
