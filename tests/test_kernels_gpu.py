@@ -132,7 +132,7 @@ def test_inference_needs_little_memory():
 
 
 def test_the_map_has_mass_and_norm_of_each_tile():
-    """Within a code step of those in fp64, and all but no code is another than the portable path's."""
+    """Within a code step of those in fp64, and hardly a code differs from the portable path's."""
     p = problem(300, 64, 3000, bias=True, softcap=9.0, ignored=0.1)
     nll, _, tile_map = forward(p)
     logits = F.linear(p.e.double(), p.c.double(), p.bias.double())
