@@ -16,7 +16,9 @@ from torch import Tensor
 
 from . import portable
 from ._ops import add_op_namespace_prefix, ops
+from .classifier import accumulate_dtype, label_logits
 from .options import KernelOptions, check_inputs, check_target_range, may_look_at
+from .sampling import num_tiles
 
 HAS_CUDA: bool = json.loads(ops.build_info())["cuda"]
 
@@ -44,7 +46,7 @@ def _checked(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, keyword
 
 def _label_logits(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, **keywords: Any) -> Tensor:
     options = _checked(e, c, bias, targets, keywords)
-    return portable.label_logits(e, c, bias, targets, options.ignore_index, options.softcap)
+    return label_logits(e, c, bias, targets, options.ignore_index, options.softcap)
 
 
 def _lce_forward(
@@ -61,8 +63,8 @@ def _lce_forward(
     if may_look_at(targets):
         check_target_range(targets, len(c), options.ignore_index)
     # The operator where it has a kernel of its own; elsewhere it would only be a longer way to the same function.
-    label_logits = ops.label_logits if HAS_CUDA and e.is_cuda else portable.label_logits
-    label = label_logits(e, c, bias, targets, ignore_index=options.ignore_index, softcap=options.softcap)
+    of_labels = ops.label_logits if HAS_CUDA and e.is_cuda else label_logits
+    label = of_labels(e, c, bias, targets, ignore_index=options.ignore_index, softcap=options.softcap)
     return portable.lce_forward(e, c, bias, targets, label, options=options, need_map=need_map)
 
 
@@ -84,10 +86,11 @@ def _lce_backward(
     **keywords: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = _checked(e, c, bias, targets, keywords)
-    if options.method != "exact" and tile_map.shape != (portable.num_tiles(len(c)), len(e)):
+    shape = (num_tiles(len(c)), len(e))
+    if options.method != "exact" and (tile_map.shape != shape or tile_map.dtype != torch.int16):
         raise ValueError(
-            f"tile_map: expected [{portable.num_tiles(len(c))}, {len(e)}], got {list(tile_map.shape)} "
-            "(lce_forward leaves none with need_map=False)"
+            f"tile_map: expected int16 {list(shape)}, got {str(tile_map.dtype).removeprefix('torch.')} "
+            f"{list(tile_map.shape)} (lce_forward leaves none with need_map=False)"
         )
     if options.method == "sampled" and seed is None:
         raise ValueError("seed: the sampled method needs one, a [1] int64 tensor, got None")
@@ -104,7 +107,7 @@ def _lce_backward(
 
 def _label_logits_fake(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, **keywords: Any) -> Tensor:
     _checked(e, c, bias, targets, keywords)
-    return e.new_empty(e.shape[0], dtype=portable.accumulate_dtype(e))
+    return e.new_empty(e.shape[0], dtype=accumulate_dtype(e))
 
 
 def _lce_forward_fake(
@@ -118,9 +121,9 @@ def _lce_forward_fake(
     **keywords: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _checked(e, c, bias, targets, keywords)
-    n, dtype = e.shape[0], portable.accumulate_dtype(e)
-    tiles = (portable.num_tiles(c.shape[0]), n) if need_map else (0, 0)
-    return e.new_empty(n, dtype=dtype), e.new_empty(n, dtype=dtype), e.new_empty(tiles, dtype=torch.bfloat16)
+    n, dtype = e.shape[0], accumulate_dtype(e)
+    tiles = (num_tiles(c.shape[0]), n) if need_map else (0, 0)
+    return e.new_empty(n, dtype=dtype), e.new_empty(n, dtype=dtype), e.new_empty(tiles, dtype=torch.int16)
 
 
 def _lce_backward_fake(

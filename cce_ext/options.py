@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 FilterEps = float | Literal["auto", "high"] | None
 
-DEFAULT_SAMPLING_EPS = 2.0**-9
+DEFAULT_SAMPLING_EPS = 2.0**-8
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 

@@ -7,87 +7,37 @@ Same contract as the CUDA kernels; their oracle, together with reference.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .classifier import Classifier, accumulate_dtype, block_logits, block_shape, live_rows, take
+from .control_variate import ControlVariate, remainders
 from .options import KernelOptions
-from .sampling import CHAIN_TILES, TILE_COLUMNS, draw_visits, log_visit_rate, visit_probabilities
+from .sampling import (
+    CHAIN_TILES,
+    LOG2_E,
+    MASS_STEPS,
+    TILE_COLUMNS,
+    draw_visits,
+    encode_tiles,
+    even_share,
+    log2_visit_rate,
+    num_tiles,
+    tile_shares,
+    visit_probabilities,
+)
 
-# The paper's filter drops blocks of this many tokens by one vocab tile.
+# The paper's filter drops blocks of this many tokens by this many columns, which divide a vocab tile.
 FILTER_ROWS = 128
+FILTER_COLUMNS = 128
 
-# Logits held at a time: on a CPU what its last-level cache keeps, elsewhere what fills the device. Blocks are of so
-# many tokens where there are as many, so that a block of c is read once for them.
-BLOCK_LOGITS = {"cpu": 1 << 20}
-BLOCK_LOGITS_DEFAULT = 1 << 25
-BLOCK_ROWS = 2048
-
-# Sums of exponentials that say that no offset was needed: no logit near overflow, no row near underflow.
-_SAFE_SUMS = (1e-30, 1e30)
-
-
-def accumulate_dtype(e: Tensor) -> torch.dtype:
-    """fp32, or fp64 for fp64 inputs: the dtype of products, of losses and of sums."""
-    return torch.promote_types(e.dtype, torch.float32)
-
-
-def num_tiles(v: int) -> int:
-    return -(-v // TILE_COLUMNS)
-
-
-def _block_shape(x: Tensor, n: int, v: int) -> tuple[int, int]:
-    """Tokens and columns (whole tiles) of a block on x's device: its logits are bounded, and so are tokens x tiles."""
-    logits = _block_logits(x)
-    rows = max(1, min(n, BLOCK_ROWS, logits // max(1, num_tiles(v))))
-    return rows, max(1, min(num_tiles(v), logits // rows // TILE_COLUMNS)) * TILE_COLUMNS
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """What turns rows of e into logits: z = softcap * tanh((e @ c.T + bias) / softcap)."""
-
-    c: Tensor
-    bias: Tensor | None
-    softcap: float | None
-    dtype: torch.dtype
-
-    def columns(self, v0: int, v1: int) -> tuple[Tensor, Tensor | None]:
-        bias = None if self.bias is None else self.bias[v0:v1].to(self.dtype)
-        return self.c[v0:v1].to(self.dtype), bias
-
-    def logits(self, e: Tensor, c: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-        """Logits of rows e [R, D] and columns c [W, D], into out [R, W]."""
-        torch.mm(e, c.T, out=out)
-        if bias is not None:
-            out += bias
-        if self.softcap is not None:
-            out.div_(self.softcap).tanh_().mul_(self.softcap)
-        return out
-
-
-def label_logits(
-    e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, ignore_index: int, softcap: float | None
-) -> Tensor:
-    """z_{i, y_i} by gathering the labels' rows of c: [N], 0 where ignored, NaN where the target is not in [0, V)."""
-    acc = accumulate_dtype(e)
-    inside = (targets >= 0) & (targets < len(c))
-    y = torch.where(inside, targets, 0).long()
-    z = torch.empty(len(e), dtype=acc, device=e.device)
-    if len(c) == 0:
-        return z.fill_(float("nan")).masked_fill_(targets == ignore_index, 0.0)
-    step = max(1, _block_logits(e) // max(1, e.shape[1]))
-    for i in range(0, len(e), step):
-        rows = slice(i, i + step)
-        z[rows] = torch.linalg.vecdot(e[rows].to(acc), c[y[rows]].to(acc))
-    if bias is not None:
-        z += bias[y]
-    if softcap is not None:
-        z.div_(softcap).tanh_().mul_(softcap)
-    return z.masked_fill_(~inside, float("nan")).masked_fill_(targets == ignore_index, 0.0)
+# A token's sum of exponentials that says that no offset was needed: their squares do not overflow, nor do those of a
+# tile that matters vanish.
+_SAFE_SUMS = (1e-12, 1e19)
 
 
 def lce_forward(
@@ -100,75 +50,91 @@ def lce_forward(
     options: KernelOptions,
     need_map: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From the label logits [N]: nll [N], lse [N] and the tile map, [tiles, N] bf16 or [0, 0] where it is not needed.
+    """From the label logits [N]: nll [N], lse [N] and the tile map, [tiles, N] int16 or [0, 0] where it is not needed.
 
-    The map holds each tile's largest logit relative to the token's label logit, rounded down: the largest p is
-    exp(map - nll), exact enough for any offset of the logits, and never above the true one.
+    The map holds sum and L2 norm of each tile's exp(z - label logit), as sampling.encode_tiles writes them: those of
+    its p are these over exp(nll), for any offset of the logits.
     """
     n, v = len(e), len(c)
     acc = accumulate_dtype(e)
     classifier = Classifier(c, bias, options.softcap, acc)
     lse = torch.zeros(n, dtype=acc, device=e.device)
-    tile_map = torch.zeros((num_tiles(v), n) if need_map else (0, 0), dtype=torch.bfloat16, device=e.device)
+    tile_map = torch.zeros((num_tiles(v), n) if need_map else (0, 0), dtype=torch.int16, device=e.device)
 
     ignored = targets == options.ignore_index
-    live = _live_rows(~ignored)
+    live = live_rows(~ignored)
     count = n if live is None else len(live)
     reference = label.nan_to_num(nan=0.0)
-    step, width = _block_shape(e, count, v)
+    step, width = block_shape(e, count, v)
     buffer = torch.empty(step, width, dtype=acc, device=e.device)
     for i in range(0, count, step):
         rows = slice(i, min(i + step, count)) if live is None else live[i : i + step]
-        tile_lse, tile_max = _tile_lse(classifier, _take(e, rows).to(acc), buffer, need_map)
-        lse[rows] = tile_lse.logsumexp(1)
-        if tile_max is not None:
-            tile_map[:, rows] = _round_down(tile_max.sub_(reference[rows][:, None])).T
+        sums = _reduce_tiles(classifier, take(e, rows).to(acc), buffer, need_map)
+        lse[rows] = sums.lse
+        if sums.log_norm is not None:
+            logs = (x.sub_(reference[rows, None]).mul_(LOG2_E) for x in (sums.log_mass, sums.log_norm))
+            tile_map[:, rows] = encode_tiles(*logs).T
 
     lse.masked_fill_(ignored, 0.0)
     return lse - label, lse, tile_map
 
 
-def _tile_lse(classifier: Classifier, e: Tensor, buffer: Tensor, need_max: bool) -> tuple[Tensor, Tensor | None]:
-    """log sum exp and, if needed, maximum of each vocab tile's logits, [R, tiles], for rows e [R, D].
+class TileSums(NamedTuple):
+    """Of some tokens, lse [R] and logarithms of each vocab tile's sum and L2 norm of exp(z), [R, tiles] or None."""
 
-    Blocks of logits live in buffer.
-    """
+    lse: Tensor
+    log_mass: Tensor
+    log_norm: Tensor | None
+
+
+def _reduce_tiles(classifier: Classifier, e: Tensor, buffer: Tensor, need_norm: bool) -> TileSums:
+    """Of rows e [R, D]. Blocks of logits live in buffer."""
+    # Most logits are so small that exp needs no offset, which is two passes less over the block. Tokens where some are
+    # not are done again; only on a CPU is it free to ask.
+    if e.device.type != "cpu":
+        return _reduce_blocks(classifier, e, buffer, need_norm, with_offset=True)
+    out = _reduce_blocks(classifier, e, buffer, need_norm, with_offset=False)
+    low, high = (math.log(x) for x in _SAFE_SUMS)
+    again = (~((out.lse > low) & (out.lse < high))).nonzero()[:, 0]
+    if len(again):
+        better = _reduce_blocks(classifier, e[again], buffer, need_norm, with_offset=True)
+        for x, y in zip(out, better, strict=True):
+            if x is not None and y is not None:
+                x[again] = y
+    return out
+
+
+def _reduce_blocks(
+    classifier: Classifier, e: Tensor, buffer: Tensor, need_norm: bool, *, with_offset: bool
+) -> TileSums:
     v = len(classifier.c)
     sums = e.new_empty(len(e), num_tiles(v))
-    peaks = torch.empty_like(sums) if need_max else None
-
-    def blocks() -> Iterator[tuple[Tensor, slice]]:
-        """Logits [R, columns], whole tiles with -inf past the vocabulary, and the numbers of these tiles."""
-        for v0 in range(0, v, buffer.shape[1]):
-            cols, bias = classifier.columns(v0, min(v0 + buffer.shape[1], v))
-            tiles, first = num_tiles(len(cols)), v0 // TILE_COLUMNS
-            z = buffer[: len(e), : tiles * TILE_COLUMNS]
-            if len(cols) < z.shape[1]:
-                z[:, len(cols) :] = -float("inf")
-            classifier.logits(e, cols, bias, out=z[:, : len(cols)])
-            yield z, slice(first, first + tiles)
-
-    def tiles_of(z: Tensor) -> Tensor:
-        return z.view(len(z), -1, TILE_COLUMNS)
-
-    # Most logits are so small that exp needs no offset, which is two passes less over the block. Where some are
-    # not, all is done again; only on a CPU is it free to ask.
-    if e.device.type == "cpu" and len(e):
-        for z, tiles in blocks():
-            if peaks is not None:
-                torch.amax(tiles_of(z), 2, out=peaks[:, tiles])
-            torch.sum(tiles_of(z.exp_()), 2, out=sums[:, tiles])
-        low, high = sums.sum(1).aminmax()
-        if low > _SAFE_SUMS[0] and high < _SAFE_SUMS[1]:
-            return sums.log_(), peaks
-    for z, tiles in blocks():
-        peak = tiles_of(z).amax(2)
-        if peaks is not None:
-            peaks[:, tiles] = peak
-        # A column of -inf (a masked vocabulary entry) must not make -inf - -inf.
-        offset = peak.amax(1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)
-        sums[:, tiles] = tiles_of(z.sub_(offset).exp_()).sum(2).log_().add_(offset)
-    return sums, peaks
+    norms = torch.empty_like(sums) if need_norm else None
+    for v0 in range(0, v, buffer.shape[1]):
+        cols, bias = classifier.columns(v0, min(v0 + buffer.shape[1], v))
+        count, first = num_tiles(len(cols)), v0 // TILE_COLUMNS
+        z = buffer[: len(e), : count * TILE_COLUMNS]
+        if len(cols) < z.shape[1]:
+            z[:, len(cols) :] = -float("inf")
+        classifier.logits(e, cols, bias, out=z[:, : len(cols)])
+        offset = None
+        if with_offset:
+            # A column of -inf (a masked vocabulary entry) must not make -inf - -inf.
+            offset = z.amax(1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)
+            z -= offset
+        by_tile = z.exp_().view(len(z), -1, TILE_COLUMNS)
+        mass = torch.sum(by_tile, 2, out=sums[:, first : first + count])
+        norm = None if norms is None else norms[:, first : first + count]
+        if norm is not None:
+            torch.linalg.vector_norm(by_tile, dim=2, out=norm)
+        if offset is not None:
+            for x in (mass, norm):
+                if x is not None:
+                    x.log_().add_(offset)
+    if with_offset:
+        return TileSums(sums.logsumexp(1), sums, norms)
+    lse = sums.sum(1).log_()
+    return TileSums(lse, sums.log_(), None if norms is None else norms.log_())
 
 
 def lce_backward(
@@ -274,15 +240,28 @@ class Gradients:
         )
         return Visits(rows, *(x[:, None] for x in columns))
 
-    def add(self, v0: int, v1: int, visits: Iterable[Visits], threshold: float | None = None) -> None:
-        """Add what columns [v0, v1) owe, over all the visits they will ever get: d_c is rounded once, here."""
+    def add(
+        self,
+        v0: int,
+        v1: int,
+        visits: Iterable[Visits],
+        *,
+        threshold: float | None = None,
+        besides: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Add what columns [v0, v1) owe, over all the visits they will ever get: d_c is rounded once, here.
+
+        besides: what d_c gets besides, the outer product of a [columns] and a [D].
+        """
         cols, bias = self.classifier.columns(v0, v1)
         d_cols = None
         if self.d_c is not None:
             same = self.d_c.dtype == cols.dtype
             d_cols = self.d_c[v0:v1] if same else torch.zeros_like(cols)
+            if besides is not None:
+                torch.outer(*besides, out=d_cols)
         for visit in visits:
-            e = _take(self.e, visit.rows).to(cols.dtype)
+            e = take(self.e, visit.rows).to(cols.dtype)
             p, slope = self._probabilities(e, cols, bias, visit.lse)
             if threshold is not None:
                 keep = _passes_filter(p, visit, threshold)
@@ -327,12 +306,12 @@ class Visits(NamedTuple):
 
 def _exact(g: Gradients, live: Tensor) -> None:
     """Every live token against every column."""
-    rows = _live_rows(live)
+    rows = live_rows(live)
     if rows is None and live.device.type != "cpu":
         # Masked, since 0 times a row that is not finite would reach every row of dC.
         g = replace(g, e=g.e.masked_fill(~live[:, None], 0.0), lse=g.lse.masked_fill(~live, float("inf")))
     count, v = len(live) if rows is None else len(rows), len(g.classifier.c)
-    step, width = _block_shape(g.e, count, v)
+    step, width = block_shape(g.e, count, v)
     chunks = [slice(i, min(i + step, count)) for i in range(0, count, step)]
     picked = chunks if rows is None else [rows[chunk] for chunk in chunks]
     for v0 in range(0, v, width):
@@ -341,39 +320,50 @@ def _exact(g: Gradients, live: Tensor) -> None:
 
 
 def _sampled(g: Gradients, live: Tensor, tile_map: Tensor, nll: Tensor, seed: Tensor, eps: float) -> None:
-    """Visit tile t for token i with probability q = min(1, peak * (1/eps - 1)), peak its largest p; weigh its p by 1/q.
+    """Visit tile t for token i with probability q = min(1, norm * (1/eps - 1)), norm that of its p; weigh p by 1/q.
 
     The label's own tile is always visited (q = 1), so that the label's part is exact and adds no variance, and
-    p - 1 is formed before any rounding. A token has at most 1/eps visits in expectation.
+    p - 1 is formed before any rounding. A token has at most 1/eps visits in expectation. What is not visited has the
+    control variate.
     """
     n, v, device = len(live), len(g.classifier.c), live.device
     label_tile = torch.div(g.targets.long(), TILE_COLUMNS, rounding_mode="floor")
-    group = max(1, _block_logits(g.e) // 8 // max(1, n) // CHAIN_TILES) * CHAIN_TILES
+    group = max(1, block_logits(g.e) // 8 // max(1, n) // CHAIN_TILES) * CHAIN_TILES
+    rates = log2_visit_rate(eps), even_share(eps, num_tiles(v))
+    variate = ControlVariate(g.classifier, g.e, live)
     for t0 in range(0, num_tiles(v), group):
         t1 = min(t0 + group, num_tiles(v))
-        tiles = torch.arange(t0, t1, device=device)
-        q = visit_probabilities(tile_map[t0:t1] - nll, log_visit_rate(eps))
-        q.masked_fill_(label_tile == tiles[:, None], 1.0)
-        _visit_tiles(g, t0, draw_visits(seed, t0, q, live), q)
+        share = tile_shares(tile_map[t0:t1], nll)
+        q = visit_probabilities(share, *rates)
+        q.masked_fill_(label_tile == torch.arange(t0, t1, device=device)[:, None], 1.0)
+        visited = draw_visits(seed, t0, q, live)
+        remainder = remainders(g.a, live, g.lse, share, g.classifier.softcap, visited, q)
+        besides = variate.add(t0, remainder, g.d_e, g.d_bias, g.d_c is not None)
+        _visit_tiles(g, t0, TILE_COLUMNS, visited, q=q, besides=besides)
+    if g.d_e is not None:
+        # Their 0 met rows that may not be finite.
+        g.d_e.masked_fill_(~live[:, None], 0.0)
 
 
 def _threshold(g: Gradients, live: Tensor, tile_map: Tensor, nll: Tensor, eps: float) -> None:
-    """The paper's filter (section 4.3): drop a block of FILTER_ROWS tokens by one tile if all |p - onehot| < eps."""
+    """The paper's filter (section 4.3): drop a FILTER_ROWS x FILTER_COLUMNS block if all |p - onehot| < eps."""
     n, v, device = len(live), len(g.classifier.c), live.device
-    label_tile = torch.div(g.targets.long(), TILE_COLUMNS, rounding_mode="floor")
-    log_eps = math.log(eps)
-    group = max(1, _block_logits(g.e) // 8 // max(1, n))
+    per_tile = TILE_COLUMNS // FILTER_COLUMNS
+    label_block = torch.div(g.targets.long(), FILTER_COLUMNS, rounding_mode="floor")
+    group = max(1, block_logits(g.e) // 8 // max(1, n))
     for t0 in range(0, num_tiles(v), group):
         t1 = min(t0 + group, num_tiles(v))
-        tiles = torch.arange(t0, t1, device=device)
-        # No entry exceeds its tile's mass, which the rounded map may understate by 2^-7 of itself; what is not
-        # finite is looked at.
-        coarse = tile_map[t0:t1].float()
-        may_pass = ~(coarse + coarse.abs() * 2.0**-6 - nll < log_eps) | (label_tile == tiles[:, None])
+        columns = torch.arange(t0 * per_tile, t1 * per_tile, device=device)
+        # No entry exceeds its tile's mass. The map rounds that by half a step; the other half is far more than what
+        # fp32 may be off by. What is not finite is looked at.
+        share = tile_shares(tile_map[t0:t1], nll)
+        may_pass = ~(share.log2_mass + 1.0 / MASS_STEPS < math.log2(eps)) | share.above
+        may_pass = may_pass.repeat_interleave(per_tile, 0) | (label_block == columns[:, None])
         padded = torch.nn.functional.pad(may_pass & live, (0, -n % FILTER_ROWS))
         block_may_pass = padded.unflatten(1, (-1, FILTER_ROWS)).any(2)
         chosen = block_may_pass.repeat_interleave(FILTER_ROWS, 1)[:, :n] & live
-        _visit_tiles(g, t0, chosen, None, threshold=eps)
+        last = -(-v // FILTER_COLUMNS) - t0 * per_tile
+        _visit_tiles(g, t0 * per_tile, FILTER_COLUMNS, chosen[:last], threshold=eps)
 
 
 def _passes_filter(p: Tensor, visit: Visits, eps: float) -> Tensor:
@@ -386,45 +376,39 @@ def _passes_filter(p: Tensor, visit: Visits, eps: float) -> Tensor:
     return ~(worst[block] < eps)
 
 
-def _visit_tiles(g: Gradients, t0: int, chosen: Tensor, q: Tensor | None, threshold: float | None = None) -> None:
-    """Visit tiles t0, t0 + 1, ... as chosen [tiles, N] says, with p weighed by 1/q. Waits for the device."""
+def _visit_tiles(
+    g: Gradients,
+    t0: int,
+    width: int,
+    chosen: Tensor,
+    *,
+    q: Tensor | None = None,
+    besides: tuple[Tensor, Tensor] | None = None,
+    threshold: float | None = None,
+) -> None:
+    """Visit tiles t0, t0 + 1, ... of width columns as chosen [tiles, N] says, with p weighed by 1/q.
+
+    besides: for each tile, what Gradients.add takes by that name. Waits for the device.
+    """
     tile, rows = chosen.nonzero().unbind(1)
     rows = rows.contiguous()
     weight = g.a[rows] if q is None else g.a[rows] / q[chosen]
-    visits = g.visits(rows, weight, (tile + t0) * TILE_COLUMNS, TILE_COLUMNS)
+    visits = g.visits(rows, weight, (tile + t0) * width, width)
     by_token = [x for x in visits if isinstance(x, Tensor)]
     counts = chosen.sum(1).tolist()
     # A tile that most tokens visit is taken in pieces. They are cut by token and not by count, so that a block of
     # the filter stays whole.
     n, v = len(g.e), len(g.classifier.c)
-    step = max(FILTER_ROWS, _block_logits(g.e) // TILE_COLUMNS)
+    step = max(FILTER_ROWS, block_logits(g.e) // width)
     edges = torch.tensor(range(step, n, step), dtype=rows.dtype, device=rows.device)
     for k, parts in enumerate(zip(*(x.split(counts) for x in by_token), strict=True)):
-        if counts[k] == 0:
-            continue
-        pieces = [Visits(*parts)]
+        v0 = (t0 + k) * width
+        v1 = min(v0 + width, v)
+        pieces = [Visits(*parts)] if counts[k] else []
         if counts[k] > step:
             cuts = torch.searchsorted(parts[0], edges).tolist()
             pieces = [Visits(*piece) for piece in zip(*(x.tensor_split(cuts) for x in parts), strict=True)]
-        v0 = (t0 + k) * TILE_COLUMNS
-        g.add(v0, min(v0 + TILE_COLUMNS, v), pieces, threshold)
-
-
-def _take(x: Tensor, rows: slice | Tensor) -> Tensor:
-    return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
-
-
-def _live_rows(live: Tensor) -> Tensor | None:
-    """Indices of the live tokens, or None for all. Off the CPU always all: counting would wait for the device."""
-    if live.device.type != "cpu" or bool(live.all()):
-        return None
-    return live.nonzero()[:, 0]
-
-
-def _block_logits(x: Tensor) -> int:
-    return BLOCK_LOGITS.get(x.device.type, BLOCK_LOGITS_DEFAULT)
-
-
-def _round_down(x: Tensor) -> Tensor:
-    """To bf16, never upwards: rounding to nearest errs by 2^-9 of the value at most."""
-    return (x - x.abs() * 2.0**-8).to(torch.bfloat16)
+        if besides is not None:
+            g.add(v0, v1, pieces, besides=(besides[0][k, : v1 - v0], besides[1][k]))
+        elif pieces:
+            g.add(v0, v1, pieces, threshold=threshold)

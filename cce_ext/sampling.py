@@ -1,12 +1,13 @@
-"""Which (token, vocab tile) pairs the sampled backward visits: the Python twin of csrc/tile/sampling.h.
+"""Which (token, vocab tile) pairs the sampled backward visits: the Python twin of csrc/tile/sampling.h and tile_map.h.
 
-The two agree bit for bit in the hash and in what is made of it, so that one seed and one map name the same visits
-wherever they are drawn.
+The two agree bit for bit in the tile map's codes, in the hash and in what is made of it, so that one seed and one map
+name the same visits wherever they are drawn.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,13 +17,83 @@ CHAIN_TOKENS = 128
 CHAIN_TILES = 32
 MIN_PROBABILITY = 2.0**-24
 
+LOG2_E = 1.0 / math.log(2.0)
+
+# The map's codes: csrc/tile/tile_map.h.
+MASS_STEPS = 8
+NORM_STEPS = 4
+MASS_CODES = 4096
+NORM_CODES = 16
+MASS_OF_ONE = MASS_CODES // 2
+
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
 
 
-def log_visit_rate(eps: float) -> float:
-    """log(1/eps - 1): the visits a token may spend by chance; the one that is left is its label's own tile."""
-    return math.log(1.0 / eps - 1.0)
+def num_tiles(v: int) -> int:
+    return -(-v // TILE_COLUMNS)
+
+
+def encode_tiles(log2_mass: Tensor, log2_norm: Tensor) -> Tensor:
+    """Codes of the tile map, int16, from the base-2 logarithms of each tile's sum of exp(z - reference), and L2 norm.
+
+    The mass is rounded to the nearest code, the norm down. NaN is the highest mass.
+    """
+    steps = log2_mass.float() * MASS_STEPS + MASS_OF_ONE
+    # Not by rounding alone: the number below 0.5 plus 0.5 is 1 in fp32.
+    mass = (steps + 0.5).floor_().nan_to_num_(nan=MASS_CODES - 1).clamp_(0, MASS_CODES - 1).masked_fill_(steps < 0.5, 0)
+    below = ((mass - MASS_OF_ONE) / MASS_STEPS - log2_norm.float()) * NORM_STEPS
+    norm = below.ceil_().nan_to_num_(nan=0.0).clamp_(0, NORM_CODES - 1)
+    code = (mass * NORM_CODES + norm).masked_fill_(mass == 0, 0).to(torch.int32)
+    return ((code ^ 0x8000) - 0x8000).to(torch.int16)
+
+
+class TileShare(NamedTuple):
+    """What the codes say of tokens' tiles: base-2 logarithms of the sum of a tile's p, and of their L2 norm."""
+
+    log2_mass: Tensor
+    log2_norm: Tensor
+    none: Tensor  # the mass is no more than that: to be taken as 0
+    above: Tensor  # it may be more than that
+
+
+def decode_tiles(tile_map: Tensor, log2_reference: Tensor) -> TileShare:
+    """log2_reference, fp32: the log-sum-exp of all of a token's logits less the map's reference, in bits."""
+    code = tile_map.to(torch.int32) & 0xFFFF
+    mass, norm = code >> 4, code & (NORM_CODES - 1)
+    log2_mass = (mass - MASS_OF_ONE).float() / MASS_STEPS - log2_reference
+    return TileShare(log2_mass, log2_mass - norm.float() / NORM_STEPS, mass == 0, mass == MASS_CODES - 1)
+
+
+def tile_shares(tile_map: Tensor, nll: Tensor) -> TileShare:
+    """Of a map [T, N] that is relative to the tokens' label logits."""
+    return decode_tiles(tile_map, (nll * LOG2_E).float())
+
+
+def log2_visit_rate(eps: float) -> float:
+    """Of 1/eps - 1, the visits a token may spend by chance: the one that is left is its label's own tile."""
+    return math.log2(1.0 / eps - 1.0)
+
+
+def even_share(eps: float, tiles: int) -> float:
+    """The probability of each visit if all tiles had an even share of them."""
+    return min(1.0, (1.0 / eps - 1.0) / max(1, tiles))
+
+
+def visit_probabilities(share: TileShare, log2_rate: float, even_share: float) -> Tensor:
+    """q = min(1, norm * rate), floored so that no pair is out of reach: that, not the map, keeps it unbiased.
+
+    A tile of which the map says only "this or more" has its even share at least. A NaN (a map or a loss that is not
+    finite) is visited.
+    """
+    q = torch.exp2(share.log2_norm + log2_rate)
+    q = torch.where(share.above, q.clamp(min=even_share), q)
+    return q.clamp_(MIN_PROBABILITY, 1.0).nan_to_num_(nan=1.0)
+
+
+def tile_masses(share: TileShare) -> Tensor:
+    """The sums of p that the control variate takes: at most 1, and 1 where that is no number."""
+    return torch.exp2(share.log2_mass.nan_to_num(nan=0.0).clamp_(max=0.0)).masked_fill_(share.none, 0.0)
 
 
 def row_keys(seed: Tensor, rows: Tensor) -> Tensor:
@@ -38,15 +109,6 @@ def row_keys(seed: Tensor, rows: Tensor) -> Tensor:
 def visit_hashes(keys: Tensor, indices: Tensor) -> Tensor:
     """Uniform 32-bit numbers, one a pair of key and index, both int64: they broadcast."""
     return _mix((keys + indices * _GOLDEN) & _MASK)
-
-
-def visit_probabilities(log_peak: Tensor, log_rate: float) -> Tensor:
-    """q = min(1, peak * rate), floored so that no pair is out of reach: that, not the map, keeps it unbiased.
-
-    A NaN (a map or a loss that is not finite) is visited.
-    """
-    q = torch.exp(log_peak.float() + log_rate).clamp_(MIN_PROBABILITY, 1.0)
-    return q.nan_to_num_(nan=1.0)
 
 
 def draw_visits(seed: Tensor, first_tile: int, q: Tensor, live: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ def _local_labels(shard: VocabShard, targets: Tensor, ignore_index: int) -> tupl
     """Labels as rows of this shard, and whether they are its own (of ignored tokens that means nothing).
 
     A token whose label is elsewhere gets one of this shard's rows: what the tile map is relative to, and a tile that is
-    surely visited. Neighbours get neighbouring rows: 128 tokens share a tile.
+    surely visited. Neighbours get neighbouring rows: 256 tokens share a tile.
     """
     mine = (targets >= shard.start) & (targets < shard.stop)
     stand_in = torch.arange(len(targets), dtype=targets.dtype, device=targets.device) % (shard.stop - shard.start)

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("tqdm", reason="the benchmark needs tqdm")
 
 from bench.checks import fuzz, fuzz_cases
-from cce_ext import portable, sampling
+from cce_ext import control_variate, portable, sampling
 
 SAMPLED = fuzz_cases.Case(40, 24, 2000, dtype="float32", filter_eps=2.0**-5, bias=True, needs="ecb", ignored="few")
 
@@ -21,7 +21,7 @@ SAMPLED = fuzz_cases.Case(40, 24, 2000, dtype="float32", filter_eps=2.0**-5, bia
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Smaller cases, and one thread, as the program takes on a CPU."""
-    monkeypatch.setitem(fuzz_cases.LARGEST, "cpu", (64, 64, 2000))
+    monkeypatch.setitem(fuzz_cases.LARGEST, "cpu", (64, 64, 4000))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -101,7 +101,7 @@ def gradients_that(change):
 
 def lose_the_last_tile(grads, targets):
     if grads["c"] is not None:
-        grads["c"][(len(grads["c"]) - 1) // 128 * 128 :] = 0.0
+        grads["c"][(len(grads["c"]) - 1) // sampling.TILE_COLUMNS * sampling.TILE_COLUMNS :] = 0.0
 
 
 def scale_up(grads, targets):
@@ -133,6 +133,20 @@ def weigh_by_one(self, rows, weight, v0, width, visits=portable.Gradients.visits
     return visits(self, rows, self.a[rows], v0, width)
 
 
+def stay_where_nobody_visits(a, live, lse, share, softcap, visited, q):
+    """Biased: it is there where nobody visits, and nothing is taken off where somebody does."""
+    return control_variate.remainders(a, live, lse, share, softcap, visited, torch.ones_like(q))
+
+
+def halve(*inputs):
+    return control_variate.remainders(*inputs) / 2
+
+
+def spread_evenly(self, t0, t1, spread=control_variate.ControlVariate.spread):
+    self.mean = torch.zeros_like(self.mean)
+    return spread(self, t0, t1)
+
+
 def visit_too_rarely(seed, first_tile, q, live):
     """A biased rule: the weights are 1/q, the visits are fewer. It is the check's own rule as well."""
     return sampling.draw_visits(seed, first_tile, torch.where(q < 1, 0.7 * q, q), live)
@@ -151,8 +165,12 @@ BREAKS = {
     "the forward differs from call to call": lambda: a_forward_that(
         lambda nll, lse, tile_map: (nll * (1 + 1e-6 * torch.rand(())), lse, tile_map)
     ),
-    "the map is too high": lambda: a_forward_that(lambda nll, lse, tile_map: (nll, lse, tile_map + 0.5)),
+    "the map's masses are too high": lambda: a_forward_that(lambda nll, lse, tile_map: (nll, lse, tile_map + 16)),
+    "the map's norms are too low": lambda: a_forward_that(lambda nll, lse, tile_map: (nll, lse, tile_map | 7)),
     "visits are not weighed by 1/q": lambda: [(portable.Gradients, "visits", weigh_by_one)],
+    "the control variate is not weighed by 1/q": lambda: [(portable, "remainders", stay_where_nobody_visits)],
+    "the control variate is too small": lambda: [(portable, "remainders", halve)],
+    "the control variate's mean token is another": lambda: [(control_variate.ControlVariate, "spread", spread_evenly)],
     "visits are too few": lambda: [(module, "draw_visits", visit_too_rarely) for module in (portable, fuzz)],
     "a call raises": lambda: [(portable, "lce_backward", fail)],
 }
@@ -164,7 +182,7 @@ def test_what_is_broken_is_found_and_repeated(name, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         for target in broken:
             patch.setattr(*target)
-        assert fuzz.main(["--device", "cpu", "--cases", "12", "--seed", "1"]) == 1
+        assert fuzz.main(["--device", "cpu", "--cases", "24", "--seed", "1"]) == 1
         lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("python -m bench.checks.fuzz")]
         assert lines and all(re.search(r"  # .+", line) for line in lines)
         # As a shell reads it, up to the comment.

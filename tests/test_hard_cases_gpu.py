@@ -32,6 +32,7 @@ from torch.nn import functional as F
 
 from cce_ext import linear_cross_entropy, reference
 from cce_ext.options import Method, Options, resolve_method
+from cce_ext.sampling import TILE_COLUMNS
 
 pytestmark = pytest.mark.gpu
 
@@ -39,7 +40,7 @@ ops = torch.ops.cce
 DEVICE = "cuda"
 Upstream = tuple[Tensor, Tensor]  # the gradients of nll and lse
 NAN, INF = float("nan"), float("inf")
-TILE = 128
+TILE = TILE_COLUMNS
 # What rounding dz and the result to 16 bits costs one block of a gradient, with room.
 TOLERANCE = {dtype: 2 * torch.finfo(dtype).eps for dtype in (torch.bfloat16, torch.float16)}
 
@@ -209,19 +210,19 @@ def test_memory_is_full_of_nan():
 
 # ---- What nobody visits ----
 
-# Of 6000 rows, for 100 tokens: the tiles from 5760 on lend, and the last, from 5888 on, is a partial one.
+# Of 6000 rows, for 100 tokens: the tiles from 5632 on lend, and the last, from 5888 on, is a partial one.
 STRETCHES = {
     "the last row": [slice(-1, None)],  # its tile is visited all the same
     "less than a tile": [slice(-37, None)],
     "the last, partial tile": [slice(5888, None)],
     "2N rows": [slice(-200, None)],  # as many as dE's sums take
-    "2N rows and their tiles": [slice(5760, None)],  # no lending tile has a visit
+    "2N rows and their tiles": [slice(5632, None)],  # no lending tile has a visit
     "more than 2N rows": [slice(-1000, None)],
-    "all but the first tile": [slice(128, None)],
+    "all but the first tile": [slice(TILE, None)],
     "the head": [slice(0, 500)],
     "the middle": [slice(2000, 4000)],
     "head and tail": [slice(0, 300), slice(-300, None)],
-    "all but one lending tile": [slice(0, 5760), slice(5888, None)],
+    "all but one lending tile": [slice(0, 5632), slice(5888, None)],
 }
 
 
@@ -280,16 +281,16 @@ def test_all_tokens_confident(n, impl, dtype):
     check(sure(n, 5000, dtype), impl, draws=2)
 
 
-# The first row, the rows and the vocabulary's size. Of 5000 rows the last tile has 8; of 5120 it is whole.
+# The first row, the rows and the vocabulary's size. Of 5000 rows the last tile has 136; of 5120 it is whole.
 LABELS = {
-    "in one tile": (1280, 128, 5000),
-    "in the first tile": (0, 128, 5000),
-    "in the last tile, a partial one": (4992, 8, 5000),
-    "in the last tile, a whole one": (4992, 128, 5120),
+    "in one tile": (1280, 256, 5000),
+    "in the first tile": (0, 256, 5000),
+    "in the last tile, a partial one": (4864, 136, 5000),
+    "in the last tile, a whole one": (4864, 256, 5120),
     "the last row": (4999, 1, 5000),
-    "the last row, alone in its tile": (4992, 1, 4993),
+    "the last row, alone in its tile": (4864, 1, 4865),
     "one row": (2000, 1, 5000),
-    "in the first lending tile": (4608, 128, 5000),  # for 150 tokens
+    "in the first lending tile": (4608, 256, 5000),  # for 150 tokens
 }
 
 
@@ -527,7 +528,7 @@ def test_a_tensor_on_the_cpu_is_named(name, method):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("tile_map", "tile_map must be on e's device, cuda:0, but is bfloat16 [2, 3] on cpu"),
+        ("tile_map", "tile_map must be on e's device, cuda:0, but is int16 [1, 3] on cpu"),
         ("seed", "seed must be one int64 on e's device for the sampled method, but is int64 [1] on cpu"),
     ],
 )
@@ -538,7 +539,7 @@ def test_what_the_sampled_method_reads_on_the_cpu_is_named(name, message):
 
 def assert_refused(name: str, method: str, message: str) -> None:
     a = {x: torch.zeros(3, device="cuda:0") for x in ("g_nll", "g_lse", "nll", "lse")}
-    a["tile_map"] = torch.zeros(2, 3, device="cuda:0").bfloat16()
+    a["tile_map"] = torch.zeros(1, 3, device="cuda:0").short()
     a["seed"] = torch.tensor([1], device="cuda:0")
     e, c = torch.zeros(3, 8, device="cuda:0").bfloat16(), torch.zeros(200, 8, device="cuda:0").bfloat16()
     targets = torch.zeros(3, device="cuda:0", dtype=torch.long)

@@ -137,24 +137,63 @@ def test_neighbours_are_independent(host):
 # ---- visits ----
 
 
+EVEN = np.float32(2.0**-6)
+
+
+def code_of(mass, norm=0):
+    return np.uint16(mass * 16 + norm)
+
+
 def test_visit_probability(host):
-    log_peak = np.linspace(-30, 1, 400, dtype=np.float32)
-    log_rate = np.float32(np.log(128))
-    q = host.visit_probability(log_peak, log_rate)
+    """By norm * rate, from the floor up to 1, for each code of a norm."""
+    norm = np.arange(16)
+    log2_reference = np.linspace(-8, 40, 200, dtype=np.float32)[:, None]
+    q = host.visit_probability(code_of(2048, norm), log2_reference, np.float32(7), EVEN)
     assert q.dtype == np.float32
-    expected = np.clip(np.exp(log_peak.astype(np.float64) + np.float64(log_rate)), 2.0**-24, 1)
-    np.testing.assert_allclose(q, expected, rtol=4e-6)  # the float32 sum's rounding, seen through exp
-    assert (np.diff(q) >= 0).all()
+    expected = np.clip(2.0 ** (7 - norm / 4 - log2_reference.astype(np.float64)), 2.0**-24, 1)
+    np.testing.assert_allclose(q, expected, rtol=4e-6)  # the float32 sum's rounding, seen through exp2
+    assert (np.diff(q, axis=0) <= 0).all() and (np.diff(q, axis=1) <= 0).all()
 
 
-def test_visit_probability_of_no_number(host):
+def test_visit_probability_at_the_ends(host):
+    """No number is visited. What is only known to be at least so much has an even share; a code of 0 the floor."""
     inf, nan, floor = np.inf, np.nan, 2.0**-24
-    assert host.visit_probability(nan, 4.0) == 1
-    assert host.visit_probability(inf, -inf) == 1  # not a number either
-    assert host.visit_probability(inf, 4.0) == 1
-    assert host.visit_probability(-inf, 4.0) == floor
-    assert host.visit_probability(-1e30, 4.0) == floor
-    assert host.visit_probability(np.float32(-87), np.float32(0)) == floor
+    assert host.visit_probability(code_of(2048), nan, 4.0, EVEN) == 1
+    assert host.visit_probability(code_of(4095), nan, 4.0, EVEN) == 1
+    assert host.visit_probability(code_of(2048), -inf, 4.0, EVEN) == 1
+    assert host.visit_probability(code_of(2048), inf, 4.0, EVEN) == floor
+    assert host.visit_probability(code_of(4095), 700.0, 4.0, EVEN) == EVEN
+    assert host.visit_probability(code_of(4095), inf, 4.0, EVEN) == EVEN
+    assert host.visit_probability(code_of(4095), 256.0, 4.0, EVEN) == 1
+    assert host.visit_probability(code_of(4094), 700.0, 4.0, EVEN) == floor
+    assert host.visit_probability(code_of(0), 0.0, 7.0, EVEN) == floor
+
+
+def test_tile_mass(host):
+    assert host.tile_mass(code_of(2048), 0.0) == 1 and host.tile_mass(code_of(2048 - 8, 15), 2.0) == 0.125
+    assert host.tile_mass(code_of(2049), 0.0) == 1  # rounding takes no mass above 1
+    assert host.tile_mass(code_of(0), 0.0) == 0 and host.tile_mass(code_of(0), -1000.0) == 0
+    assert host.tile_mass(code_of(4095), 1000.0) < 1e-37
+
+
+def test_a_code_holds_mass_and_norm(host):
+    """Within half a step, and never above the norm; what is out of range is marked."""
+    rng = np.random.default_rng(0)
+    mass = rng.uniform(-255, 255, 20000).astype(np.float32)
+    norm = (mass - rng.uniform(0, 3.6, mass.shape)).astype(np.float32)
+    for m, n, code in zip(mass, norm, host.encode_tile(mass, norm), strict=True):
+        log2_mass, log2_norm, none, above = host.decode_tile(int(code), 0.0)
+        assert abs(log2_mass - m) <= 1 / 16 and not none and not above
+        assert 0 <= n - log2_norm <= 1 / 4 or (n > log2_mass and log2_norm == log2_mass)
+    inf, nan = np.inf, np.nan
+    for m, none, above in (
+        (-inf, True, False),
+        (-256, True, False),
+        (256, False, True),
+        (inf, False, True),
+        (nan, False, True),
+    ):
+        assert host.decode_tile(int(host.encode_tile(m, m)), 0.0)[2:] == (none, above)
 
 
 def test_visit_step(host):
@@ -179,6 +218,8 @@ def test_neighbouring_seeds_deal_no_key_twice(host):
 
 def test_constants(host):
     assert host.kTileColumns == sampling.TILE_COLUMNS
+    assert (host.kMassSteps, host.kNormSteps) == (sampling.MASS_STEPS, sampling.NORM_STEPS)
+    assert (host.kMassCodes, host.kNormCodes) == (sampling.MASS_CODES, sampling.NORM_CODES)
     assert (host.kChainTokens, host.kChainTiles) == (sampling.CHAIN_TOKENS, sampling.CHAIN_TILES)
 
 
@@ -191,12 +232,45 @@ def test_python_draws_the_same_hashes(host, seed):
     np.testing.assert_array_equal(twin.numpy(), expected.astype(np.int64))
 
 
-def test_python_has_the_same_probabilities(host):
+def test_python_encodes_the_same(host):
+    """At steps' edges and beside them, at both ends, and for what is no number."""
     rng = np.random.default_rng(0)
-    log_peak = np.concatenate([rng.normal(-6, 5, 5000), [np.nan, -np.inf, np.inf, -80, 0]]).astype(np.float32)
-    rate = sampling.log_visit_rate(2.0**-7)
-    q = sampling.visit_probabilities(torch.from_numpy(log_peak), rate)
-    np.testing.assert_allclose(q, host.visit_probability(log_peak, np.float32(rate)), rtol=1e-5)
+    edges = (np.arange(-5, 4100) - 2048 + np.array([[-0.5], [0], [0.5]])).ravel() / 8
+    beside = [np.nextafter(edges.astype(np.float32), np.float32(x)) for x in (-np.inf, np.inf)]
+    mass = np.concatenate([edges, *beside, rng.normal(0, 120, 100_000), rng.normal(0, 5, 100_000)]).astype(np.float32)
+    below = rng.choice([0, 0.25, 0.5, 3.75, 4], mass.shape) + rng.choice([0, 0, 1], mass.shape) * rng.normal(
+        2, 3, mass.shape
+    )
+    norm = (mass - below).astype(np.float32)
+    ends = np.array([np.inf, -np.inf, np.nan, 3e38, -3e38, 0, 255.9, -255.95], np.float32)
+    pairs = np.stack(np.meshgrid(ends, ends)).reshape(2, -1)
+    mass, norm = np.concatenate([mass, pairs[0]]), np.concatenate([norm, pairs[1]])
+    twin = sampling.encode_tiles(torch.from_numpy(mass), torch.from_numpy(norm))
+    assert twin.dtype == torch.int16
+    np.testing.assert_array_equal(twin.numpy().view(np.uint16), host.encode_tile(mass, norm))
+
+
+def test_python_decodes_the_same(host):
+    codes = np.arange(1 << 16, dtype=np.uint16)
+    rng = np.random.default_rng(0)
+    tile_map = torch.from_numpy(codes.view(np.int16))
+    for reference in (0.0, *rng.uniform(0, 30, 3), 721.3, -3.7, np.inf, np.nan):
+        reference = np.float32(reference)
+        share = sampling.decode_tiles(tile_map, torch.tensor(reference))
+        expected = np.array([host.decode_tile(int(code), reference) for code in codes[::7]], np.float32)
+        for x, y in zip(share, expected.T, strict=True):
+            np.testing.assert_array_equal(x.numpy()[::7], y)
+        for log2_rate, even in ((np.float32(sampling.log2_visit_rate(2.0**-7)), EVEN), (np.float32(0), np.float32(1))):
+            # Two exp2, which may differ in the last bit.
+            q = sampling.visit_probabilities(share, float(log2_rate), float(even))
+            np.testing.assert_allclose(q, host.visit_probability(codes, reference, log2_rate, even), rtol=2.5e-7)
+        mass = host.tile_mass(codes, reference)
+        np.testing.assert_allclose(sampling.tile_masses(share), mass, rtol=2.5e-7, atol=1e-44)
+
+
+def test_rates():
+    assert 2 ** sampling.log2_visit_rate(2.0**-8) == pytest.approx(255)
+    assert sampling.even_share(2.0**-8, 1000) == 0.255 and sampling.even_share(2.0**-8, 3) == 1
 
 
 def test_python_draws_the_same_visits(host):

@@ -15,6 +15,7 @@ from support.problems import Problem, assert_as_good_as_dense, dense, error, ora
 from torch.nn import functional as F
 
 from cce_ext import linear_cross_entropy
+from cce_ext.sampling import LOG2_E, TILE_COLUMNS, decode_tiles, encode_tiles
 
 pytestmark = pytest.mark.gpu
 
@@ -130,17 +131,27 @@ def test_inference_needs_little_memory():
     assert torch.cuda.max_memory_allocated() - before <= 2 * 2**20 + 4 * 8192 * 4
 
 
-def test_the_map_is_the_tiles_maximum_rounded_down():
+def test_the_map_has_mass_and_norm_of_each_tile():
+    """Within a code step of those in fp64, and hardly a code differs from the portable path's."""
     p = problem(300, 64, 3000, bias=True, softcap=9.0, ignored=0.1)
     nll, _, tile_map = forward(p)
     logits = F.linear(p.e.double(), p.c.double(), p.bias.double())
     logits = 9.0 * torch.tanh(logits / 9.0)
-    padded = F.pad(logits, (0, -3000 % 128), value=-float("inf")).unflatten(1, (-1, 128))
-    tiles = padded.amax(2).T
+    tiles = F.pad(logits, (0, -3000 % TILE_COLUMNS), value=-float("inf")).unflatten(1, (-1, TILE_COLUMNS))
     counts = p.targets != -100
     label = logits.gather(1, p.targets.clamp(min=0)[:, None])[:, 0].where(counts, torch.tensor(0.0, device="cuda"))
-    below = tiles - label - tile_map.double()
-    assert below.min() > -1e-4 and (below - (tiles - label).abs() * 2.0**-7).max() < 1e-4
+    assert tile_map.dtype == torch.int16
+    share = decode_tiles(tile_map, torch.zeros_like(nll))
+    log2_mass = ((tiles.logsumexp(2) - label[:, None]) * LOG2_E).T
+    log2_norm = (((2 * tiles).logsumexp(2) / 2 - label[:, None]) * LOG2_E).T
+    off_mass, off_norm = (share.log2_mass - log2_mass)[:, counts], (share.log2_norm - log2_norm)[:, counts]
+    assert off_mass.abs().max() <= 1 / 16 + 1e-3
+    assert off_norm.max() <= 1e-3 and off_norm.min() >= -1 / 4 - 1 / 16 - 1e-3
+    twin = ops.lce_forward_portable(p.e.float(), p.c.float(), p.bias.float(), p.targets, None, softcap=9.0)[2]
+    other = decode_tiles(twin, torch.zeros_like(nll))
+    for x, y, step in ((share.log2_mass, other.log2_mass, 1 / 8), (share.log2_norm, other.log2_norm, 1 / 4 + 1 / 8)):
+        assert (x - y)[:, counts].abs().max() <= step
+    assert (tile_map != twin)[:, counts].double().mean() < 0.01
     assert torch.allclose(nll.double(), (logits.logsumexp(1) - label) * counts, atol=1e-4)
 
 
@@ -166,7 +177,7 @@ def test_visits_past_one_chunk():
     """At a large eps all is visited: several chunks of the ring, and tiles that need more than one item."""
     p = problem(300, 64, 20000)
     outputs = forward(p)
-    wrong_map = torch.full_like(outputs[2], 50.0)
+    wrong_map = encode_tiles(*2 * [torch.full(outputs[2].shape, 100.0, device="cuda")])
     got = backward(p, (*outputs[:2], wrong_map), "sampled")
     exact, same = oracle(p, *upstream(p))[2], dense(p, *upstream(p))[2]
     for x, s, t in zip(got, same, exact, strict=True):
@@ -263,7 +274,7 @@ def test_threshold_judges_the_label_by_its_distance_from_one(confident):
     ups = torch.ones(128, device="cuda"), torch.zeros(128, device="cuda")
     got = backward(p, outputs, "threshold", eps=0.01, upstream_of=ups)
     exact = backward(p, outputs, "exact", upstream_of=ups)
-    # The second vocab tile's entries are far below eps in any case.
+    # The entries of the filter's second block are far below eps in any case.
     assert (got[1][128:] == 0).all() and exact[1][128:, 0].any()
     assert torch.equal(got[1][:128], torch.zeros_like(exact[1][:128]) if confident else exact[1][:128])
 
@@ -568,7 +579,9 @@ e, c = torch.zeros(300, 64, device="cuda").bfloat16(), torch.zeros(20000, 64, de
 t = torch.zeros(300, device="cuda").long()
 nll, lse, tiles = torch.ops.cce.lce_forward(e, c, None, t, None)
 seed = torch.zeros(1, device="cuda").long()
-torch.ops.cce.lce_backward(nll, None, e, c, None, t, nll, lse, torch.full_like(tiles, 50.0), seed)
+everywhere = torch.full(tiles.shape, 100.0, device="cuda")
+everywhere = cce_ext.sampling.encode_tiles(everywhere, everywhere)
+torch.ops.cce.lce_backward(nll, None, e, c, None, t, nll, lse, everywhere, seed)
 torch.cuda.synchronize()
 print("done")
 """
@@ -593,7 +606,8 @@ def test_the_watchdog_says_what_a_block_waits_for(milliseconds):
     [
         ({"c": torch.zeros(5, 16).bfloat16()}, r"c must be \[V, D\] with D = 8 as in e, but is bfloat16 \[5, 16\]"),
         ({"nll": torch.zeros(4)}, r"nll must be float32 \[N\] with N = 3, but is float32 \[4\]"),
-        ({"tile_map": torch.zeros(2, 3).bfloat16()}, r"tile_map must be bfloat16 \[1, 3\], but is bfloat16 \[2, 3\]"),
+        ({"tile_map": torch.zeros(2, 3).short()}, r"tile_map must be int16 \[1, 3\], but is int16 \[2, 3\]"),
+        ({"tile_map": torch.zeros(1, 3).bfloat16()}, r"tile_map must be int16 \[1, 3\], but is bfloat16 \[1, 3\]"),
         ({"seed": None}, r"seed must be one int64 on e's device for the sampled method, but is None"),
         ({"method": "best"}, r"method must be sampled, exact or threshold, but is best"),
         ({"eps": 2.0}, r"eps of the sampled method must be in \(0, 0.5\], but is 2"),
@@ -606,7 +620,7 @@ def test_errors_of_the_operator_name_the_argument(change, message):
         targets=torch.zeros(3).long(),
         nll=torch.zeros(3),
         lse=torch.zeros(3),
-        tile_map=torch.zeros(1, 3).bfloat16(),
+        tile_map=torch.zeros(1, 3).short(),
         seed=torch.tensor([1]),
         method="sampled",
         eps=2.0**-7,

@@ -72,10 +72,10 @@ def test_torch_compile_matches_the_oracle():
 
 def test_shapes_past_one_block(device, monkeypatch):
     """Blocks small enough that every loop of the portable path runs several times, with tails."""
-    from cce_ext import portable
+    from cce_ext import classifier
 
-    monkeypatch.setattr(portable, "BLOCK_LOGITS", {"cpu": 1 << 13, "cuda": 1 << 13})
-    monkeypatch.setattr(portable, "BLOCK_ROWS", 32)
+    monkeypatch.setattr(classifier, "BLOCK_LOGITS", {"cpu": 1 << 13, "cuda": 1 << 13})
+    monkeypatch.setattr(classifier, "BLOCK_ROWS", 32)
     p = peaked(411, 32, 1500, device=device, ignored=0.1, bias=True)
     for impl in ("cce_exact", "cce_threshold"):
         check(p, impl)

@@ -225,9 +225,11 @@ def test_operator_errors():
     with pytest.raises(ValueError, match="eps: the sampling eps"):
         ops.lce_forward(p.e, p.c, None, p.targets, None, eps=2.0)
     nll, lse, no_map = ops.lce_forward(p.e, p.c, None, p.targets, None, need_map=False)
-    with pytest.raises(ValueError, match=r"tile_map: expected \[3, 20\], got \[0, 0\]"):
+    with pytest.raises(ValueError, match=r"tile_map: expected int16 \[2, 20\], got int16 \[0, 0\]"):
         ops.lce_backward(nll, None, p.e, p.c, None, p.targets, nll, lse, no_map, torch.tensor([1]))
     nll, lse, tile_map = ops.lce_forward(p.e, p.c, None, p.targets, None)
+    with pytest.raises(ValueError, match=r"tile_map: expected int16 \[2, 20\], got bfloat16 \[2, 20\]"):
+        ops.lce_backward(nll, None, p.e, p.c, None, p.targets, nll, lse, tile_map.bfloat16(), torch.tensor([1]))
     with pytest.raises(ValueError, match="seed: .* got None"):
         ops.lce_backward(nll, None, p.e, p.c, None, p.targets, nll, lse, tile_map, None)
 

@@ -1,26 +1,27 @@
-"""The sampled backward: unbiased whatever the map, bounded in its visits, and a function of its seed."""
+"""The sampled backward: unbiased whatever it is told, bounded in its visits, and a function of its seed."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from support.problems import oracle, peaked, uniform, upstream
 
-from cce_ext import linear_cross_entropy, portable
-from cce_ext.sampling import CHAIN_TILES, CHAIN_TOKENS, draw_visits
+from cce_ext import control_variate, linear_cross_entropy, portable
+from cce_ext.sampling import CHAIN_TILES, CHAIN_TOKENS, TILE_COLUMNS, draw_visits, encode_tiles, tile_shares
 
 EPS = 2.0**-4
 
 
 @pytest.fixture
 def problem(device):
-    return peaked(64, 12, 1500, device=device, dtype=torch.float64, bias=True, ignored=0.1)
+    return peaked(64, 12, 3000, device=device, dtype=torch.float64, bias=True, ignored=0.1)
 
 
 def forward(p, method="sampled"):
-    return torch.ops.cce.lce_forward(p.e, p.c, p.bias, p.targets, None, method=method, eps=EPS)
+    return torch.ops.cce.lce_forward(p.e, p.c, p.bias, p.targets, None, method=method, eps=EPS, softcap=p.softcap)
 
 
 def backward(p, outputs, seed, tile_map=None, eps=EPS):
@@ -38,6 +39,7 @@ def backward(p, outputs, seed, tile_map=None, eps=EPS):
         own_map if tile_map is None else tile_map,
         torch.tensor([seed], device=p.e.device),
         eps=eps,
+        softcap=p.softcap,
         need_bias=p.bias is not None,
     )
 
@@ -69,21 +71,76 @@ def assert_unbiased(p, all_deviations):
 
 
 @pytest.mark.slow
-def test_mean_over_seeds_approaches_the_exact_gradient(problem):
-    assert_unbiased(problem, deviations(problem, forward(problem)))
+@pytest.mark.parametrize("softcap", [None, 6.0])
+def test_mean_over_seeds_approaches_the_exact_gradient(softcap, problem):
+    p = replace(problem, softcap=softcap)
+    assert_unbiased(p, deviations(p, forward(p)))
+
+
+def random_map(outputs, lowest, highest):
+    """Codes that have nothing to do with the logits: of p's norms between 2^lowest and 2^highest."""
+    nll, _, right = outputs
+    g = torch.Generator().manual_seed(0)
+    mass, below = (torch.rand(right.shape, generator=g).to(nll.device) for _ in range(2))
+    log2_mass = lowest + (highest - lowest) * mass + nll / math.log(2)
+    return encode_tiles(log2_mass, log2_mass - 4 * below)
+
+
+def no_masses(a, live, lse, share, softcap, visited, q):
+    """Other masses than the map has, some above 1, some below 0."""
+    g = torch.Generator().manual_seed(0)
+    mass = torch.randn(q.shape, generator=g).to(q.device) / 4
+    return (mass * a * (1 - visited / q.to(a.dtype))).masked_fill(~live, 0.0)
+
+
+def no_spread(self, t0, t1):
+    """Random numbers for the mean token's softmax and for the rows that it makes."""
+    g = torch.Generator().manual_seed(t0)
+    sizes = (t1 - t0, TILE_COLUMNS), (t1 - t0, self.e.shape[1])
+    return tuple(torch.randn(size, generator=g, dtype=torch.float64).to(self.e.device) / 4 for size in sizes)
+
+
+WRONG = {
+    "map": [],
+    "masses": [(portable, "remainders", no_masses)],
+    "spread": [(control_variate.ControlVariate, "spread", no_spread)],
+}
 
 
 @pytest.mark.slow
-def test_any_map_is_unbiased(problem):
-    """A wrong map changes the variance, not the mean."""
+@pytest.mark.parametrize("what", WRONG)
+def test_what_is_wrong_costs_variance_only(what, problem, monkeypatch):
+    """A random map, random masses, a random spread of them: the mean stays."""
     outputs = forward(problem)
-    g = torch.Generator().manual_seed(0)
-    noise = torch.randn(outputs[2].shape, generator=g).to(problem.e.device)
-    wrong = (outputs[2].float() + noise).to(torch.bfloat16)
-    bad = deviations(problem, outputs, wrong)
+    right = deviations(problem, outputs, draws=256)
+    for change in WRONG[what]:
+        monkeypatch.setattr(*change)
+    bad = deviations(problem, outputs, random_map(outputs, -8, 0) if what == "map" else None)
     assert_unbiased(problem, bad)
-    for b, right in zip(bad, deviations(problem, outputs, draws=256), strict=True):
-        assert rms_of_means(b, 1) > 1.2 * rms_of_means(right, 1)
+    for b, r in zip(bad, right, strict=True):
+        assert rms_of_means(b, 1) > 1.2 * rms_of_means(r, 1)
+
+
+def improbable(softcap, far, *, device="cpu"):
+    """Half of the labels lie far nats below the peak."""
+    p = peaked(64, 12, 3000, device=device, dtype=torch.float64, bias=True)
+    c, bias, targets = p.c.clone(), p.bias.clone(), p.targets.clone()
+    targets[::2] = 700
+    bias[700] = -far if softcap is None else -2.0 * softcap
+    return replace(p, c=c, bias=bias, targets=targets, softcap=softcap)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("far", "softcap"), [(100.0, None), (500.0, None), (500.0, 500.0)])
+def test_improbable_labels_have_visits_and_no_bias(far, softcap, device):
+    """All other tiles are far above what the codes are relative to. Their steps do not grow; their end is marked."""
+    p = improbable(softcap, far, device=device)
+    outputs = forward(p)
+    assert outputs[0][::2].min() > 0.9 * far
+    visits = count_visits(p, EPS, seeds=40)[:, ::2].float()
+    # Not the label's alone, and not the floor's.
+    assert visits.mean() > 2 and visits.mean() < 1 / EPS
+    assert_unbiased(p, deviations(p, outputs))
 
 
 @pytest.fixture(scope="module")
@@ -133,10 +190,10 @@ def count_visits(p, eps, seeds):
     seed = 0
     original = portable.Gradients.add
 
-    def counting(self, v0, v1, visits, threshold=None):
+    def counting(self, v0, v1, visits, **options):
         for visit in visits:
             counts[seed, visit.rows.cpu()] += 1
-        original(self, v0, v1, visits, threshold)
+        original(self, v0, v1, visits, **options)
 
     outputs = forward(p)
     with pytest.MonkeyPatch.context() as patch:
@@ -148,10 +205,10 @@ def count_visits(p, eps, seeds):
 
 def spiked(n, tiles, *, device):
     """All of the probability is one column's of each tile, the same in each: the most visits there can be."""
-    p = uniform(n, 8, tiles * 128, device=device)
+    p = uniform(n, 8, tiles * TILE_COLUMNS, device=device)
     p.e.fill_(1.0)
     p.c.fill_(-8.0)
-    p.c[::128] = 0.0
+    p.c[::TILE_COLUMNS] = 0.0
     p.targets.zero_()
     return p
 
@@ -159,7 +216,7 @@ def spiked(n, tiles, *, device):
 @pytest.mark.parametrize("eps", [2.0**-3, 2.0**-5])
 @pytest.mark.parametrize("make", [peaked, uniform, spiked])
 def test_visits_stay_under_one_over_eps(make, eps, device):
-    p = spiked(200, 100, device=device) if make is spiked else make(200, 12, 128 * 100 + 5, device=device)
+    p = spiked(200, 100, device=device) if make is spiked else make(200, 12, TILE_COLUMNS * 100 + 5, device=device)
     visits = count_visits(p, eps, seeds=20).float()
     mean, noise = visits.mean().item(), visits.mean(1).std().item() / math.sqrt(20)
     assert mean - 3 * noise <= 1 / eps
@@ -207,11 +264,28 @@ def test_the_forward_of_evaluation_leaves_the_generator_alone():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_the_map_never_overstates_a_peak(device):
+def test_the_map_has_mass_and_norm_of_each_tile(device):
+    """The mass to half a step, the norm never too high: no token expects more than 1/eps visits."""
     p = peaked(80, 24, 1000, device=device)
     nll, _, tile_map = forward(p)
-    softmax = torch.nn.functional.pad((p.e @ p.c.T).double().softmax(1), (0, -1000 % 128)).unflatten(1, (-1, 128))
-    peak = softmax.amax(2).T
-    ratio = (tile_map.double() - nll.double()).exp() / peak
-    assert ratio.max() <= 1 + 1e-5
-    assert ratio[peak > 1e-3].min() > 0.8
+    assert tile_map.dtype == torch.int16
+    softmax = torch.nn.functional.pad((p.e @ p.c.T).double().softmax(1), (0, -1000 % 256)).unflatten(1, (-1, 256))
+    share = tile_shares(tile_map, nll)
+    assert (share.log2_mass - softmax.sum(2).T.log2()).abs().max() <= 1 / 16 + 1e-4
+    off = share.log2_norm - softmax.norm(dim=2).T.log2()
+    assert off.max() <= 1e-4 and off.min() >= -1 / 4 - 1e-4
+
+
+@pytest.mark.parametrize("shift", [0.0, 30.0, -30.0, 60.0, -60.0, 3000.0])
+def test_the_map_is_the_same_for_any_offset(shift, device):
+    """With and without an offset of exp, also where only some tokens need one."""
+    p = peaked(80, 24, 1000, device=device, dtype=torch.float64, bias=True)
+    first = forward(p)
+    moved = replace(p, bias=p.bias + shift)
+    for x, y in zip(forward(moved), (first[0], first[1] + shift, first[2]), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-9)
+    rows = torch.arange(80, device=device)[:, None] % 3 == 0
+    e = torch.cat([p.e, torch.where(rows, shift, 0.0).double()], 1)
+    mixed = replace(p, e=e, c=torch.cat([p.c, torch.ones_like(p.c[:, :1])], 1))
+    for x, y in zip(forward(mixed), (first[0], first[1] + e[:, -1], first[2]), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-9)

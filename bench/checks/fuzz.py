@@ -11,126 +11,33 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from cce_ext import HAS_CUDA, linear_cross_entropy
 from cce_ext.options import Options, resolve_method
-from cce_ext.portable import FILTER_ROWS
-from cce_ext.sampling import TILE_COLUMNS, draw_visits, log_visit_rate, visit_probabilities
+from cce_ext.sampling import (
+    TILE_COLUMNS,
+    draw_visits,
+    even_share,
+    log2_visit_rate,
+    tile_masses,
+    tile_shares,
+    visit_probabilities,
+)
 
 from ..arguments import parser as parser_of
-from .fuzz_cases import IGNORE, NAN, Case, Problem, draw_case
+from .fuzz_cases import NAN, Case, Problem, draw_case
+from .fuzz_dense import Dense, Expected, by_tile, half_ulp, per_unit
 
 # The mean of some draws is suspect at so many standard deviations, and wrong if that of four times as many others is.
 SUSPECT, WRONG = 3.5, 6.0
-
-
-# ---- fp64 ----
-
-
-def by_tile(x: Tensor, padding: float = 0.0) -> Tensor:
-    """[.., V] as [.., tiles, 128]."""
-    return F.pad(x, (0, -x.shape[-1] % TILE_COLUMNS), value=padding).unflatten(-1, (-1, TILE_COLUMNS))
-
-
-def per_unit(side: str, x: Tensor) -> Tensor:
-    """Sums of a gradient's elements: of e's by token, of c's and the bias's by vocab tile."""
-    x = x.sum(1) if x.dim() == 2 else x
-    return x if side == "e" else by_tile(x).sum(1)
-
-
-class Expected(NamedTuple):
-    """A gradient in fp64, the same from a dz that is rounded, and what fp32 may add to an element's error."""
-
-    exact: Tensor
-    rounded: Tensor
-    slack: Tensor
-
-
-class Dense:
-    """nll and lse [N], peaks [tiles, N] (the map) and dz [N, V] of a problem in fp64.
-
-    dz is (a p - b onehot) times the softcap's slope (docs/design.md). noise [N]: how far off fp32's logits, and with
-    them its log-sum-exp and the logarithm of its p, may be; blur: how far off that makes an element of dz.
-    """
-
-    def __init__(self, case: Case, p: Problem) -> None:
-        self.dtype, self.sides = p.e.dtype, case.needs
-        self.e, self.c = p.e.double(), p.c.double()
-        bias = None if p.bias is None else p.bias.double()
-        cap = case.softcap or math.inf
-        z = F.linear(self.e, self.c, bias)
-        if case.softcap is not None:
-            z = torch.tanh(z / cap) * cap
-        self.counts = p.labels != IGNORE
-        self.label = p.labels.long().clamp(min=0)[:, None]
-        lse, of_label = z.logsumexp(1), z.gather(1, self.label)[:, 0]
-        self.lse, self.nll = lse.masked_fill(~self.counts, 0.0), (lse - of_label).masked_fill(~self.counts, 0.0)
-        self.peaks = (by_tile(z, -math.inf).amax(2) - of_label[:, None]).T
-        self.p = (z - lse[:, None]).exp_()
-
-        # a is the operators' own sum, in their dtype: its two parts may cancel.
-        b = p.g_nll.masked_fill(~self.counts, 0.0)
-        a = b if p.g_lse is None else b + p.g_lse.masked_fill(~self.counts, 0.0)
-        self.live = (a != 0) | (b != 0)
-        unit = torch.finfo(a.dtype).eps
-        a, b = a.double()[:, None], b.double()[:, None]
-        self.largest = torch.maximum(a.abs(), b.abs()).max().item()
-        self.dz = (a * self.p).scatter_add_(1, self.label, -b) * (1.0 - (z / cap).square())
-        # A sum over D is off by some units of its terms, and an exponential by its argument's error.
-        terms = self.e.norm(dim=1) * self.c.norm(dim=1).max() + (case.softcap or 0.0)
-        if bias is not None:
-            terms = terms + bias.abs().max()
-        self.noise = unit * (16.0 + terms) * (8.0 + case.d / 16.0)
-        self.blur = (a.abs() * self.p).scatter_add_(1, self.label, b.abs()) * self.noise[:, None]
-
-    def products(self, dz: Tensor, absolute: bool = False) -> dict[str, Tensor]:
-        """The gradients that dz [N, V] makes."""
-        e, c = (self.e.abs(), self.c.abs()) if absolute else (self.e, self.c)
-        of = {"e": lambda: dz @ c, "c": lambda: dz.T @ e, "b": lambda: dz.sum(0)}
-        return {side: of[side]() for side in self.sides}
-
-    def rounded(self, dz: Tensor) -> Tensor:
-        """dz as kernels keep it: in the inputs' dtype, in fp16 by a scale that saves small entries."""
-        scale = 1.0
-        if self.dtype == torch.float16 and self.largest > 0:
-            scale = 2.0 ** (12 - math.floor(math.log2(self.largest)))
-        return (dz * scale).to(self.dtype).double() / scale
-
-    def by_column(self, x: Tensor) -> Tensor:
-        """[tiles, N] as [N, V]."""
-        return x.double().T.repeat_interleave(TILE_COLUMNS, 1)[:, : self.dz.shape[1]]
-
-    def expected(self, weight: Tensor | None = None, unsure: Tensor | None = None) -> dict[str, Expected]:
-        """Gradients with dz weighed by tile and token, [tiles, N]. unsure: weights that may be there or not."""
-        dz, blur = self.dz, self.blur
-        if weight is not None and unsure is not None:
-            weight, unsure = self.by_column(weight), self.by_column(unsure)
-            dz, blur = dz * weight, blur * (weight + unsure) + dz.abs() * unsure
-        columns = self.products(dz), self.products(self.rounded(dz)), self.products(blur, absolute=True)
-        return {side: Expected(*(column[side] for column in columns)) for side in self.sides}
-
-    def passes_filter(self, eps: float) -> tuple[Tensor, Tensor]:
-        """What the paper's filter keeps, and where rounding decides: both [tiles, N]."""
-        distance = (self.p - torch.zeros_like(self.p).scatter_(1, self.label, 1.0)).abs_()
-        error = self.p * self.noise[:, None]
-
-        def kept(x: Tensor) -> Tensor:
-            by_token = by_tile(x.masked_fill(~self.live[:, None], 0.0)).amax(2).T
-            blocks = F.pad(by_token, (0, -len(x) % FILTER_ROWS)).unflatten(1, (-1, FILTER_ROWS)).amax(2)
-            return (blocks >= eps).repeat_interleave(FILTER_ROWS, 1)[:, : len(x)]
-
-        return kept(distance), kept(distance + error) & ~kept(distance - error)
 
 
 # ---- the checks ----
@@ -237,19 +144,18 @@ class Trial:
         for name, x, exact in (("nll", self.nll, dense.nll), ("lse", self.lse, dense.lse)):
             off = (x.double() - exact).abs()
             self.expect((off <= dense.noise * counts).all(), f"{name} is off by {off.max():.2g}")
-        below = dense.peaks - self.tile_map.double()
-        # Down by an ulp of bf16, or as the portable way does it: by 2^-8 of the value, and then to the nearest.
-        most = dense.peaks.abs() * (2.0**-7 + 2.0**-15) + dense.noise
-        right = (below >= -dense.noise) & (below <= most) | ~counts
-        self.expect(right.all(), "the tile map is not the tiles' largest logits, rounded down")
+        for name, right in dense.map_is_right(self.tile_map, self.nll).items():
+            self.expect((right | ~counts).all(), f"the tile map has not the tiles' {name}")
         first = self.nll, self.lse, self.tile_map, self.nll, self.lse
         again = *self.forward(), *self.forward(need_map=False)[:2]
         same = all(torch.equal(x, y) for x, y in zip(again, first, strict=True))
         self.expect(same, "the forward is not the same twice")
 
     def check_visits(self) -> None:
-        """Finds q [tiles, N]: a token expects 1/eps visits at most."""
-        self.q = visit_probabilities(self.tile_map - self.nll, log_visit_rate(self.method.eps)).double()
+        """Finds q [tiles, N]: a token expects 1/eps visits at most. And what the control variate makes of the map."""
+        eps, share = self.method.eps, tile_shares(self.tile_map, self.nll)
+        self.q = visit_probabilities(share, log2_visit_rate(eps), even_share(eps, len(self.tile_map))).double()
+        self.variate = self.dense.control_variate(tile_masses(share).double(), share.log2_norm.double())
         self.q.scatter_(0, self.dense.label.T // TILE_COLUMNS, 1.0)
         visits = self.q.sum(0)[self.dense.live]
         self.expect((visits <= 1.001 / self.method.eps).all(), "a token expects more than 1/eps visits")
@@ -264,7 +170,7 @@ class Trial:
         factors = (1.0, 1.0 - 2.0**-20, 1.0 + 2.0**-20)
         visited, *others = (draw_visits(seed, 0, (self.q * x).float(), self.dense.live) for x in factors)
         unsure = (visited ^ others[0]) | (visited ^ others[1])
-        return self.dense.expected(visited / self.q, unsure / self.q)
+        return self.dense.expected(visited / self.q, unsure / self.q, self.variate)
 
     def check_gradients(self) -> None:
         """The function's; the operator's with the same seed, and each side's alone; the portable way's in fp64."""
@@ -335,9 +241,13 @@ class Trial:
         drawn in chains: the draws' own variance counts where it is larger.
         """
         dense, q = self.dense, self.dense.by_column(self.q)
-        sampled = dense.dz * (q < 1)
-        # Rounding dz is the same in each draw that visits: a mean keeps it.
-        kept = dense.products(dense.rounded(dense.dz / q) * q)
+        sampled, variate = dense.dz * (q < 1), self.variate.dz * (q < 1)
+        # Rounding is the same in each draw that visits, and in each that does not: a mean keeps it.
+        kept = dense.products(
+            dense.rounded(dense.dz / q) * q
+            + dense.rounded(variate - variate / q) * q
+            + dense.rounded(variate) * (1 - q)
+        )
         main, want = dense.products(sampled), dense.expected()
         draws = [self.backward(torch.tensor([k], device=self.device), dense.sides) for k in seeds]
         far = set()
@@ -350,7 +260,7 @@ class Trial:
             most = error * (parts @ per_unit(side, main[side].square())).sqrt()
             for name, u, tolerance in ((f"d{side}", main[side], most), (f"d{side} at random", signs, WRONG * error)):
                 along = u @ dense.c.T if side == "e" else dense.e @ u.T if side == "c" else u
-                pairs = by_tile(sampled * along).sum(2).T
+                pairs = by_tile((sampled - variate) * along).sum(2).T
                 others = 0 if side == "e" else 1
                 variance = parts @ (pairs.square() * (1 / self.q - 1)).sum(others)
                 jump = (parts * (pairs.abs() / self.q).amax(others)).amax(1) / len(seeds)
@@ -359,12 +269,6 @@ class Trial:
                 too_far = off.mean(0).abs() > sigmas * spread + sigmas**2 / 3 * jump + tolerance
                 far |= {f"{name}, part {k}," for k in too_far.nonzero()[:, 0].tolist()}
         return far
-
-
-def half_ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """How far x is moved at most when it is rounded. Below fp32's smallest numbers exponentials are 0."""
-    info = torch.finfo(dtype)
-    return info.eps / 2 * x.abs() + max(info.tiny * info.eps / 2, 1e-37)
 
 
 def parts_of(count: int, device: str) -> Tensor:

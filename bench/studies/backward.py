@@ -1,6 +1,6 @@
 """Where a step's time goes: its kernels one after the other, and the backward's time by tile rank.
 
-    python -m bench.studies.backward [--shape gemma2 llama3] [--eps 2**-9] [--out FILE.json]
+    python -m bench.studies.backward [--shape gemma2 llama3] [--eps 0.00390625] [--out FILE.json]
     python -m bench.studies.backward plot FILE.json [--out FILE.png]
 
 The timeline is one step's, as PyTorch's profiler has it. For the ranks, vocab tiles are sorted by the visits they
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from cce_ext import linear_cross_entropy
 from cce_ext.options import DEFAULT_SAMPLING_EPS
-from cce_ext.sampling import log_visit_rate, visit_probabilities
+from cce_ext.sampling import even_share, log2_visit_rate, tile_shares, visit_probabilities
 
 from .. import arguments
 from ..measure.rows import Row
@@ -72,13 +72,14 @@ def by_rank(p: Problem, eps: float, repeats: int) -> list[Row]:
     seed = torch.ones(1, dtype=torch.int64, device="cuda")
     outputs = torch.ops.cce.lce_forward(p.e, p.c, None, p.targets, seed, eps=eps)
     nll, lse, tile_map = outputs
-    visits = visit_probabilities(tile_map - nll, log_visit_rate(eps)).mean(1)
+    share = tile_shares(tile_map, nll)
+    visits = visit_probabilities(share, log2_visit_rate(eps), even_share(eps, len(tile_map))).mean(1)
     order = visits.argsort(descending=True)
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     gradient = torch.full_like(nll, 1 / len(nll))
 
     def time_of(kept: Tensor) -> float:
-        some = torch.full_like(tile_map, -float("inf"))
+        some = torch.zeros_like(tile_map)  # no mass
         some[kept] = tile_map[kept]
 
         def backward() -> None:

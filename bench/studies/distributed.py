@@ -199,7 +199,7 @@ def all_reduce_bytes(n: int, d: int, ranks: int) -> float:
 def memory_bytes(n: int, d: int, rows: int, ranks: int) -> float:
     """On a rank, in bf16: c and e with their gradients, dE's sum, the tile map, and the loss's own for tokens."""
     sums = 0.0 if rows >= LENT_FROM * n else 4.0 * d * n
-    return 4.0 * d * (rows + n) + sums + n * (rows / 64 + rows / 512 + TOKEN_BYTES + 8.0 * ranks)
+    return 4.0 * d * (rows + n) + sums + n * (rows / 128 + rows / 1024 + TOKEN_BYTES + 8.0 * ranks)
 
 
 def predict(rows: list[Row], network: float | None, node: int) -> str:

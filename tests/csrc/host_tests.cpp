@@ -17,11 +17,25 @@
 #include "tile/constants.h"
 #include "tile/exp2.h"
 #include "tile/sampling.h"
+#include "tile/tile_map.h"
 #include "visit_execution.h"
 
 namespace py = pybind11;
 
 namespace {
+
+py::tuple decode_tile(uint16_t code, float log2_reference) {
+  const cce::TileShare share = cce::decode_tile(code, log2_reference);
+  return py::make_tuple(share.log2_mass, share.log2_norm, share.none, share.above);
+}
+
+float visit_probability(uint16_t code, float log2_reference, float log2_rate, float even_share) {
+  return cce::visit_probability(cce::decode_tile(code, log2_reference), log2_rate, even_share);
+}
+
+float tile_mass(uint16_t code, float log2_reference) {
+  return cce::tile_mass(cce::decode_tile(code, log2_reference));
+}
 
 py::dict plan_label_logits(cce::DType dtype, int64_t n, int64_t d, int64_t v, uintptr_t e_address,
                            int64_t e_row_stride, uintptr_t c_address, int64_t c_row_stride) {
@@ -270,7 +284,15 @@ PYBIND11_MODULE(cce_host_tests, m) {
   m.def("chain_of_token", &cce::chain_of_token, py::arg("token_block"), py::arg("tile"));
   m.def("token_chain", &cce::token_chain, py::arg("row_key"), py::arg("tile"));
   m.def("tile_chain", &cce::tile_chain, py::arg("seed"), py::arg("tile"), py::arg("token_block"));
-  m.def("visit_probability", py::vectorize(cce::visit_probability), py::arg("log_peak"), py::arg("log_rate"));
+  m.attr("kMassSteps") = cce::kMassSteps;
+  m.attr("kNormSteps") = cce::kNormSteps;
+  m.attr("kMassCodes") = cce::kMassCodes;
+  m.attr("kNormCodes") = cce::kNormCodes;
+  m.def("encode_tile", py::vectorize(cce::encode_tile), py::arg("log2_mass"), py::arg("log2_norm"));
+  m.def("decode_tile", &decode_tile, py::arg("code"), py::arg("log2_reference"));
+  m.def("visit_probability", py::vectorize(&visit_probability), py::arg("code"), py::arg("log2_reference"),
+        py::arg("log2_rate"), py::arg("even_share"));
+  m.def("tile_mass", py::vectorize(&tile_mass), py::arg("code"), py::arg("log2_reference"));
   m.def("visit_step", py::vectorize(cce::visit_step), py::arg("q"));
   m.def("chain_wraps", py::vectorize(cce::chain_wraps), py::arg("sum"), py::arg("step"));
   m.def("exp2_polynomial", py::vectorize(cce::exp2_polynomial), py::arg("x"));

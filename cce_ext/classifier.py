@@ -1,0 +1,94 @@
+"""Logits by blocks: how large a block is, and what computes it. What portable.py's two passes have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .sampling import TILE_COLUMNS, num_tiles
+
+# Logits held at a time: on a CPU what its last-level cache keeps, elsewhere what fills the device. Blocks are of so
+# many tokens where there are as many, so that a block of c is read once for them.
+BLOCK_LOGITS = {"cpu": 1 << 20}
+BLOCK_LOGITS_DEFAULT = 1 << 25
+BLOCK_ROWS = 2048
+
+
+def accumulate_dtype(e: Tensor) -> torch.dtype:
+    """fp32, or fp64 for fp64 inputs: the dtype of products, of losses and of sums."""
+    return torch.promote_types(e.dtype, torch.float32)
+
+
+def block_logits(x: Tensor) -> int:
+    return BLOCK_LOGITS.get(x.device.type, BLOCK_LOGITS_DEFAULT)
+
+
+def block_shape(x: Tensor, n: int, v: int) -> tuple[int, int]:
+    """Tokens and columns (whole tiles) of a block on x's device: its logits are bounded, and so are tokens x tiles."""
+    logits = block_logits(x)
+    rows = max(1, min(n, BLOCK_ROWS, logits // max(1, num_tiles(v))))
+    return rows, max(1, min(num_tiles(v), logits // rows // TILE_COLUMNS)) * TILE_COLUMNS
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """What turns rows of e into logits: z = softcap * tanh((e @ c.T + bias) / softcap)."""
+
+    c: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    dtype: torch.dtype
+
+    def columns(self, v0: int, v1: int) -> tuple[Tensor, Tensor | None]:
+        bias = None if self.bias is None else self.bias[v0:v1].to(self.dtype)
+        return self.c[v0:v1].to(self.dtype), bias
+
+    def logits(self, e: Tensor, c: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+        """Logits of rows e [R, D] and columns c [W, D], into out [R, W]."""
+        torch.mm(e, c.T, out=out)
+        if bias is not None:
+            out += bias
+        if self.softcap is not None:
+            out.div_(self.softcap).tanh_().mul_(self.softcap)
+        return out
+
+
+def label_logits(
+    e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, ignore_index: int, softcap: float | None
+) -> Tensor:
+    """z_{i, y_i} by gathering the labels' rows of c: [N], 0 where ignored, NaN where the target is not in [0, V)."""
+    acc = accumulate_dtype(e)
+    inside = (targets >= 0) & (targets < len(c))
+    y = torch.where(inside, targets, 0).long()
+    z = torch.empty(len(e), dtype=acc, device=e.device)
+    if len(c) == 0:
+        return z.fill_(float("nan")).masked_fill_(targets == ignore_index, 0.0)
+    step = max(1, block_logits(e) // max(1, e.shape[1]))
+    for i in range(0, len(e), step):
+        rows = slice(i, i + step)
+        z[rows] = torch.linalg.vecdot(e[rows].to(acc), c[y[rows]].to(acc))
+    if bias is not None:
+        z += bias[y]
+    if softcap is not None:
+        z.div_(softcap).tanh_().mul_(softcap)
+    return z.masked_fill_(~inside, float("nan")).masked_fill_(targets == ignore_index, 0.0)
+
+
+def row_blocks(n: int) -> Iterator[slice]:
+    """n tokens in blocks of up to BLOCK_ROWS."""
+    for i in range(0, n, BLOCK_ROWS):
+        yield slice(i, min(i + BLOCK_ROWS, n))
+
+
+def take(x: Tensor, rows: slice | Tensor) -> Tensor:
+    return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
+
+
+def live_rows(live: Tensor) -> Tensor | None:
+    """Indices of the live tokens, or None for all. Off the CPU always all: counting would wait for the device."""
+    if live.device.type != "cpu" or bool(live.all()):
+        return None
+    return live.nonzero()[:, 0]
