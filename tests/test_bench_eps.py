@@ -21,7 +21,16 @@ from bench.problems import inputs, shapes
 from bench.report import eps, files, plot, tables
 
 
-def test_several_kinds_of_data(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def one_thread():
+    """Hundreds of tiny calls: on busy cores PyTorch's threads would wait for each other in every one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_several_kinds_of_data(one_thread, tmp_path, monkeypatch, capsys):
     """lm inputs and a saved problem of the same shape in one file; what the eps costs and buys, dense torch first."""
     p = inputs.lm(16, 64, 2048, dtype=torch.bfloat16)
     folder = tmp_path / "private"
