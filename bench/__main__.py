@@ -5,7 +5,9 @@
     python -m bench --shape 4096,2048,65536 --softcap 30
     python -m bench --shape llama3 --vocab 32000 64000 128000
     python -m bench --data saved:FILE                  e, c and targets of a real model
+    python -m bench --data lm saved:FILE --methods eps  both, and what the sampling eps costs and buys
     python -m bench plot FILE.. [--out FILE.png]       time against memory, cost against V and N
+    python -m bench eps FILE.. [--out FILE.md]         time against gradient error, dense PyTorch first
 
 Times are medians of CUDA events (or of the clock, on a CPU), with the methods taking turns; x mm is the ratio to the
 plain product e @ c.T; memory is the peak over the inputs; gradient errors are against fp64. bench/README.md says how.
@@ -19,6 +21,7 @@ import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,22 +31,31 @@ from .measure import child
 from .measure.rows import Row
 from .measure.supervisor import measure
 from .measure.worker import Job
-from .peers.methods import METHODS, packages
+from .peers.methods import EPS, GROUPS, METHODS, packages
 from .problems import inputs, shapes
 from .problems.inputs import Problem
 from .problems.shapes import Shape
-from .report import files, origin, plot, tables
+from .report import eps, files, origin, plot, tables
 
 RESULTS = child.ROOT / "bench" / "results"
 DEFAULT_SHAPE = {"cuda": "gemma2", "cpu": "1024,256,16384"}
 DTYPES = {"cuda": "bfloat16", "cpu": "float32"}
 
 
-def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[Shape]]:
-    """The options, and the shapes to measure."""
+class Task(NamedTuple):
+    """What one table is of. origin: what saved data says of itself."""
+
+    data: str
+    shape: Shape
+    origin: dict[str, Any] | None = None
+
+
+def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[Task]]:
+    """The options, and what to measure on."""
     names = ", ".join(f"{s.name} ({s.n}, {s.d}, {s.v})" for s in shapes.NAMED.values())
     parser = arguments.parser("bench", __doc__)
-    parser.epilog = f"shapes: {names}\n\nmethods: {', '.join(METHODS)}"
+    groups = "; ".join(f"{name} stands for {', '.join(members)}" for name, members in GROUPS.items())
+    parser.epilog = f"shapes: {names}\n\nmethods: {', '.join(METHODS)}\n{groups}"
     what = parser.add_argument_group("what to measure")
     what.add_argument(
         "--shape", nargs="+", type=shapes.argument, metavar="SHAPE", help="names, or N,D,V (default: gemma2 on a GPU)"
@@ -54,7 +66,13 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[Shape]]:
     what.add_argument(
         "--vocab", nargs="+", type=positive, metavar="V", help="in place of the shape's V, one after another"
     )
-    what.add_argument("--data", default="lm", help="lm, randn, uniform or saved:FILE (default: %(default)s)")
+    what.add_argument(
+        "--data",
+        nargs="+",
+        default=["lm"],
+        metavar="DATA",
+        help="lm, randn, uniform: each at every shape; saved:FILE at its own (default: lm)",
+    )
     what.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all but cce_eps*; mm is always there")
     what.add_argument("--softcap", type=positive_real, help="logits become S * tanh(logits / S); Gemma 2 has 30")
     what.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, on a CPU float32")
@@ -75,35 +93,50 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[Shape]]:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU")
     args.dtype = args.dtype or DTYPES[args.device]
-    unknown = [m for m in args.methods or [] if m not in METHODS]
+    unknown = [m for m in args.methods or [] if m not in METHODS and m not in GROUPS]
     if unknown:
-        parser.error(f"--methods: there is no {', '.join(unknown)}; there are {', '.join(METHODS)}")
+        parser.error(f"--methods: there is no {', '.join(unknown)}; there are {', '.join((*METHODS, *GROUPS))}")
     if args.methods:
-        args.methods = [m for m in METHODS if m == "mm" or m in args.methods]
+        wanted = {m for given in args.methods for m in GROUPS.get(given, (given,))}
+        args.methods = [m for m in METHODS if m == "mm" or m in wanted]
     else:
         args.methods = [m for m in METHODS if not METHODS[m].on_request]
     if args.out is not None and args.out.suffix != ".json":
         parser.error(f"--out: expected a .json file, got {str(args.out)!r}")
 
-    if args.data.startswith("saved:"):
-        if args.shape or args.tokens or args.vocab:
-            parser.error("--shape, --tokens, --vocab: saved inputs have their own shape")
+    return args, tasks(parser, args)
+
+
+def tasks(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Task]:
+    """Each kind of data at its shapes. Ends the program where the options do not go together."""
+    data = list(dict.fromkeys(args.data))
+    saved = [x for x in data if x.startswith("saved:")]
+    unknown = [x for x in data if x not in inputs.KINDS and x not in saved]
+    if unknown:
+        parser.error(f"--data: expected {', '.join(inputs.KINDS)} or saved:FILE, got {unknown[0]!r}")
+    if saved == data and (args.shape or args.tokens or args.vocab):
+        parser.error("--shape, --tokens, --vocab: saved inputs have their own shape")
+    if len({inputs.label(x) for x in saved}) < len(saved):
+        parser.error("--data: two saved files of one name, by which the results could not tell them apart")
+    given = args.shape or [shapes.parse(DEFAULT_SHAPE[args.device])]
+    swept = list(dict.fromkeys(x for s in given for x in shapes.sweep(s, args.tokens, args.vocab)))
+    narrow = [s.name for s in swept if s.d <= inputs.TOPICS]
+    if "lm" in data and narrow:
+        parser.error(f"--shape {narrow[0]}: lm inputs need a hidden width above {inputs.TOPICS}; use --data randn")
+    found = []
+    for x in data:
+        if x not in saved:
+            found += [Task(x, s) for s in swept]
+            continue
         try:
-            p: Problem = inputs.saved(args.data.removeprefix("saved:"))
+            p: Problem = inputs.saved(x.removeprefix("saved:"))
         except (OSError, ValueError) as error:
             parser.error(f"--data: {error}")
-        return args, [shapes.of(*p.e.shape, len(p.c))]
-    if args.data not in inputs.KINDS:
-        parser.error(f"--data: expected {', '.join(inputs.KINDS)} or saved:FILE, got {args.data!r}")
-    given = args.shape or [shapes.parse(DEFAULT_SHAPE[args.device])]
-    todo = list(dict.fromkeys(swept for s in given for swept in shapes.sweep(s, args.tokens, args.vocab)))
-    narrow = [s.name for s in todo if s.d <= inputs.TOPICS]
-    if args.data == "lm" and narrow:
-        parser.error(f"--shape {narrow[0]}: lm inputs need a hidden width above {inputs.TOPICS}; use --data randn")
-    return args, todo
+        found.append(Task(x, shapes.of(*p.e.shape, len(p.c)), p.origin))
+    return found
 
 
-def run(args: argparse.Namespace, todo: list[Shape]) -> int:
+def run(args: argparse.Namespace, todo: list[Task]) -> int:
     """Measures, prints and saves; 1 if a method of cce_ext's own failed."""
     start = time.monotonic()
     state = origin.gpu_state() if args.device == "cuda" else None
@@ -116,17 +149,17 @@ def run(args: argparse.Namespace, todo: list[Shape]) -> int:
         "softcap": args.softcap,
         "seed": args.seed,
         "data_statistics": {},
+        "data_origin": {inputs.label(task.data): task.origin for task in todo if task.origin is not None},
     }
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
     out = args.out or RESULTS / f"bench_{args.device}_{stamp}.json"
     rows: list[Row] = []
-    # A saved file's own folder is nobody else's business, and no part of the result.
-    label = "saved:" + Path(args.data.removeprefix("saved:")).name if args.data.startswith("saved:") else args.data
-    for i, s in enumerate(todo):
+    for i, (data, s, _) in enumerate(todo):
+        label = inputs.label(data)
         left = args.time_limit - (time.monotonic() - start) if args.time_limit else math.inf
         job = Job(
             shape=tuple(s),
-            data=args.data,
+            data=data,
             dtype=args.dtype,
             device=args.device,
             methods=args.methods,
@@ -144,10 +177,12 @@ def run(args: argparse.Namespace, todo: list[Shape]) -> int:
         figures = ", ".join(f"{k} {x:.3g}" for k, x in statistics.items())
         print(f"\n{s.name}: N={s.n} D={s.d} V={s.v} {args.dtype}, {label} inputs: {figures or 'none'}")
         print(tables.table(new), flush=True)
-        meta["data_statistics"][f"{s.n},{s.d},{s.v}"] = statistics
+        meta["data_statistics"][f"{s.n},{s.d},{s.v} {label}"] = statistics
         if state:
             meta["clocks"]["after"] = origin.gpu_state()
         files.save(out, meta, rows)
+    if any(r["method"] in EPS and r["runtime_ms"] is not None for r in rows):
+        print(f"\n{eps.tables(meta, rows)}")
     print(f"\nsaved {out}")
     ours = [r for r in rows if METHODS[r["method"]].ours]
     return 1 if any(r["note"].startswith("failed") or "WRONG" in r["note"] for r in ours) else 0
@@ -156,6 +191,8 @@ def run(args: argparse.Namespace, todo: list[Shape]) -> int:
 def main(argv: list[str]) -> int:
     if argv[:1] == ["plot"]:
         return plot.main(argv[1:])
+    if argv[:1] == ["eps"]:
+        return eps.main(argv[1:])
     return run(*parse_arguments(argv))
 
 

@@ -6,6 +6,10 @@
 # $OUT, or to bench/results; PYTHON names the interpreter, COMPUTE_SANITIZER the tool where it is not on the PATH, COMMIT
 # the commit where there is no git to ask. FUZZ_SECONDS (60) is how long random configurations are tried, at most half of
 # the time that is left.
+# PROBLEM_DATA names a folder of tokens that research/study.py prepare has written: then a model is trained on them, and
+# the benchmark has its held-out problem besides the lm inputs (--data lm saved:FILE). PROBLEM_FILE (runs/problem.pt) is
+# where that is kept, PROBLEM_SET what the training has of other settings than the ones below, PROBLEM_SECONDS (240) its
+# time, at most half of what is left. PROBLEM_TOKENS (8192) is how many tokens the problem has.
 # A part that fails does not stop the next. The exit status is 1 if one failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
@@ -82,11 +86,28 @@ else
   row "sanitizer" "skipped" "there is no compute-sanitizer"
 fi
 
+data=()
+if [[ -n "${PROBLEM_DATA:-}" ]]; then
+  problem=${PROBLEM_FILE:-runs/problem.pt}
+  # Both are made anew: a run that the results file holds already is not run again.
+  rm -f "$problem" "$out/study_problem.json"
+  share=$((100 * ${PROBLEM_SECONDS:-240} / ($(left) > 0 ? $(left) : 1)))
+  # shellcheck disable=SC2086 # PROBLEM_SET is words
+  part "problem" "$((share < 50 ? share : 50))" \
+    env PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" "$python" research/study.py run --data "$PROBLEM_DATA" \
+    --phases pretrain --impls cce --seeds 0 --out "$out/study_problem.json" \
+    --save-problem "$problem" --problem-tokens "${PROBLEM_TOKENS:-8192}" ${COMMIT:+--commit "$COMMIT"} \
+    --set layers=8 width=1024 heads=16 pretrain.batch=32 pretrain.steps=650 pretrain.lr=1.5e-3 \
+    final_eval_tokens=16384 ${PROBLEM_SET:-}
+  [[ -e "$problem" ]] && data=(--data lm "saved:$problem")
+fi
+
 # The benchmark keeps within its limit by itself; the rest is for its last file and the plot.
 seconds=$(($(left) * 95 / 100 - 15))
 if ((seconds > 0)); then
   rm -f "$out/bench.json" "$out/bench.png"
-  part "bench" 98 "$python" -m bench --out "$out/bench.json" --time-limit "$seconds" ${COMMIT:+--commit "$COMMIT"} "$@"
+  part "bench" 98 "$python" -m bench --out "$out/bench.json" --time-limit "$seconds" ${COMMIT:+--commit "$COMMIT"} \
+    ${data[@]+"${data[@]}"} "$@"
   [[ -e "$out/bench.json" ]] && part "plot" 100 "$python" -m bench plot "$out/bench.json" --out "$out/bench.png"
 else
   failed=1

@@ -3,6 +3,7 @@
     python research/study.py prepare --text FOLDER.. --out runs/study_data     # real text -> tokens
     python research/study.py run --data runs/study_data --out runs/study.json  # trains; goes on where it was ended
     python research/study.py plot runs/study.json                              # plot and table
+    python research/study.py run .. --phases pretrain --impls cce --seeds 0 --save-problem runs/problem.pt
 
 Three phases, each with every --impls and --seeds; a run is one of them:
 - pretrain: from scratch, in large batches;
@@ -24,11 +25,15 @@ What is measured, of each run:
 - peak memory: torch.cuda.max_memory_allocated over the training steps, in a process that holds nothing else; none on
   a CPU.
 
+--save-problem writes what the loss of one run's model is given on held-out text (e, c and targets, in bf16): a real
+problem for `python -m bench --data saved:FILE`.
+
 FILE is written after every run, and what is in it is not run again: Ctrl-C or a time limit lose the run they end, no
 more. A run that fails is reported and left out, and the exit status is 1.
 """
 
 import argparse
+import itertools
 import shlex
 import sys
 from pathlib import Path
@@ -40,7 +45,7 @@ try:
     import torch
     from arguments import INTERRUPTED, at_least, positive
     from study_data import load, prepare
-    from study_report import save_plot, table
+    from study_problem import ProblemFile
     from study_run import PHASES, SETTINGS, Study, make_loss
     from text import MIN_VOCAB
 except ModuleNotFoundError as error:
@@ -88,6 +93,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model's blocks; default: on CUDA")
     add("--commit", help="the commit to name where there is no git to ask")
+    add("--plot", action="store_true", help="at the end plot what the file holds, as the command plot does")
+    add("--save-problem", type=Path, metavar="FILE", help="e, c, targets of the one run that is asked for")
+    add("--problem-tokens", type=at_least(1), default=8192, help="held-out tokens of that problem, at most")
 
     add = commands.add_parser("plot", help="plot and table of a results file").add_argument
     add("file", type=Path, metavar="FILE", help="JSON that run has written")
@@ -103,6 +111,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             args.dtype = "bfloat16" if args.device == "cuda" else "float32"
         if args.compile is None:
             args.compile = args.device == "cuda"
+        asked = list(itertools.product(*map(dict.fromkeys, (args.phases, args.impls, args.seeds))))
+        if args.save_problem and len(asked) > 1:
+            parser.error(f"--save-problem: of one run, not of {len(asked)}: choose by --phases, --impls and --seeds")
+        args.problem = ProblemFile(args.save_problem, args.problem_tokens, asked[0]) if args.save_problem else None
     return args
 
 
@@ -125,16 +137,27 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         device=args.device,
         dtype=args.dtype,
         compiled=args.compile,
+        problem=args.problem,
     )
     study.open(command=shlex.join(["python", "research/study.py", *argv]), commit=args.commit)
-    return study.run(args.phases, args.impls, args.seeds, args.budget_seconds)
+    if args.problem and args.problem.run in study.done():
+        sys.exit(f"error: --save-problem: {args.out} holds this run, which is not run again: name another --out")
+    status = study.run(args.phases, args.impls, args.seeds, args.budget_seconds)
+    if args.problem and args.problem.run not in study.done():
+        print(f"error: --save-problem: the run was not made, nor {args.save_problem} written", file=sys.stderr)
+        status = 1
+    return plot(args.out, None) or status if args.plot else status
 
 
-def plot(args: argparse.Namespace) -> int:
-    result = Study.read(args.file)
+def plot(file: Path, png: Path | None) -> int:
+    try:
+        from study_report import save_plot, table  # what trains can do without matplotlib
+    except ModuleNotFoundError as error:
+        sys.exit(f'error: {error.name} is not installed; in the root of the repository: pip install ".[train]"')
+    result = Study.read(file)
     if not result["runs"]:
-        sys.exit(f"error: {args.file} holds no run")
-    png = args.out or args.file.with_suffix(".png")
+        sys.exit(f"error: {file} holds no run")
+    png = png or file.with_suffix(".png")
     save_plot(result, png)
     text = table(result)
     png.with_suffix(".md").write_text(text, encoding="utf-8")
@@ -147,7 +170,7 @@ def main(argv: list[str]) -> int:
     args = parse_args(argv)
     if args.command == "prepare":
         return prepare_text(args)
-    return plot(args) if args.command == "plot" else run(args, argv)
+    return plot(args.file, args.out) if args.command == "plot" else run(args, argv)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from model import Decoder
 from study_data import Data, HeldOut, held_out, mask_prompts
+from study_problem import ProblemFile
 from text import batches
 from torch import Tensor
 from tqdm import tqdm
@@ -129,7 +130,10 @@ def initial_model(vocab: int, width: int, layers: int, heads: int, context: int,
 
 @dataclass
 class Study:
-    """Runs, and the file they are kept in. open() comes before run()."""
+    """Runs, and the file they are kept in. open() comes before run().
+
+    problem: where to save what the loss of one of the runs is given in the end, if anywhere.
+    """
 
     data: Data
     file: Path
@@ -137,6 +141,7 @@ class Study:
     device: str
     dtype: str
     compiled: bool
+    problem: ProblemFile | None = None
     result: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
@@ -184,7 +189,7 @@ class Study:
         session["left_out"] = {impl: why for impl in impls if (why := why_not(impl, self.device))}
         for impl, why in session["left_out"].items():
             print(f"left out: {impl}: {why}", file=sys.stderr)
-        done = {(r["phase"], r["impl"], r["seed"]) for r in self.result["runs"]}
+        done = self.done()
         # The seed comes first: where time ends, everything was run with one before anything with two.
         wanted = [(p, i, s) for s in seeds for p in phases for i in impls if i not in session["left_out"]]
         wanted = [key for key in dict.fromkeys(wanted) if key not in done]
@@ -206,6 +211,10 @@ class Study:
             )
             write_json(self.result, self.file)
         return status
+
+    def done(self) -> set[tuple[str, str, int]]:
+        """Phase, impl and seed of the runs that the file holds."""
+        return {(r["phase"], r["impl"], r["seed"]) for r in self.result["runs"]}
 
     def expected_seconds(self, phase: str, impl: str) -> float:
         """As the run's twin of another seed took, else as the longest of the phase; 0 where there is none."""
@@ -283,6 +292,8 @@ class Study:
         if (phase, impl, seed) == CHECKPOINT:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             torch.save({"config": self.config, "model": model.state_dict()}, self.file.with_suffix(".pt"))
+        if self.problem is not None and self.problem.run == (phase, impl, seed):
+            self.save_problem(model, batch, self.problem)
         return {
             "parameters": sum(p.numel() for p in model.parameters()),
             "train_loss": [round(x, 5) for x in torch.stack(losses).tolist()],
@@ -293,6 +304,16 @@ class Study:
             "peak_memory_bytes": meter.peak or None,
             "seconds": time.perf_counter() - started,
         }
+
+    def save_problem(self, model: Decoder, batch: int, problem: ProblemFile) -> None:
+        phase, impl, seed = problem.run
+        context = self.settings["context"]
+        part = held_out(self.data, context, problem.held_out_tokens(context), phase == "finetune")
+        session = {key: self.result["sessions"][-1][key] for key in ("device", "commit", "versions")}
+        origin = {"phase": phase, "impl": impl, "seed": seed, "config": self.config, **session}
+        tokens = len(problem.save(model, part, batch, self.device, self.dtype, origin)["e"])
+        fewer = "" if tokens == problem.tokens else ", all that the held-out text has"
+        print(f"saved the loss's inputs on {tokens:,} held-out tokens{fewer}: {problem.file}")
 
     def evaluate(self, model: Decoder, part: HeldOut, batch: int) -> float:
         return held_out_loss(model, part.windows, part.labels, batch, self.device, self.dtype)

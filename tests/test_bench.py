@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.results import META, made_up
 
 pytest.importorskip("tqdm", reason="the benchmark needs tqdm")
 
@@ -20,7 +21,7 @@ from bench import __main__ as cli
 from bench.measure import errors, memory, timing, worker
 from bench.measure.rows import empty_rows
 from bench.peers.method import Method
-from bench.peers.methods import METHODS
+from bench.peers.methods import EPS, METHODS
 from bench.problems import inputs, shapes
 from bench.problems.statistics import statistics
 from bench.report import files, origin, plot, tables
@@ -79,7 +80,8 @@ def test_saved_inputs(tmp_path, capsys):
     back = inputs.saved(file)
     assert torch.equal(back.e, p.e) and torch.equal(back.c, p.c) and torch.equal(back.targets, targets)
     assert inputs.saved(file, dtype=torch.bfloat16).c.dtype == torch.bfloat16
-    assert cli.parse_arguments(["--device", "cpu", "--data", f"saved:{file}"])[1] == [(f"{48},{64},{300}", 48, 64, 300)]
+    options = ["--device", "cpu", "--data", f"saved:{file}"]
+    assert cli.parse_arguments(options)[1] == [(f"saved:{file}", (f"{48},{64},{300}", 48, 64, 300), None)]
     rows = measure(small_job(data=f"saved:{file}", methods=["baseline"], shape=("48,64,300", 48, 64, 300)))
     assert rows["baseline", "loss-fw-bw"]["de_err"] < 1e-5
 
@@ -91,6 +93,8 @@ def test_saved_inputs(tmp_path, capsys):
 
     assert "a dict with the tensors e, c and targets" in message({"e": p.e, "c": p.c})
     assert "got e [48, 64], c [300, 32], targets [48]" in message({"e": p.e, "c": p.c[:, :32], "targets": targets})
+    unknown = {"e": p.e, "c": p.c, "targets": p.targets, "origin": {"loss": math.nan}}
+    assert "origin: Out of range float values are not JSON compliant" in message(unknown)
     assert "300 is neither in [0, 300) nor -100" in message({"e": p.e, "c": p.c, "targets": targets.fill_(300)})
     file.write_bytes(b"no tensors")
     with pytest.raises(ValueError, match="torch.load cannot read it"):
@@ -256,22 +260,6 @@ def test_rows(tmp_path):
     files.save(tmp_path / "rows.json", META, list(rows.values()))
 
 
-META = {
-    "device": "a CPU",
-    "driver": None,
-    "clocks": None,
-    "torch": "2",
-    "cuda": None,
-    "commit": "0",
-    "command": "python -m bench",
-    "date": "today",
-    "packages": {"cce_ext": "0"},
-    "dtype": "float32",
-    "softcap": None,
-    "data_statistics": {},
-}
-
-
 def test_softcap_reaches_everyone(monkeypatch):
     rows = measure(small_job(methods=["cce_exact", "baseline", "torch_chunked"], softcap=0.5))
     assert rows["baseline", "loss-bw"]["de_err"] < 1e-5 and rows["cce_exact", "loss-bw"]["de_err"] < 1e-5
@@ -378,7 +366,7 @@ def test_the_command(processes, tmp_path, monkeypatch, capsys):
     times = [r for r in result["rows"] if r["runtime_ms"] is not None]
     assert {r["method"] for r in times} == {"mm"} and all(r["op_mem_mb"] is not None for r in times)
     assert result["meta"]["command"] == "python -m bench --out 'x y.json'" and result["meta"]["commit"] == "abc"
-    assert set(result["meta"]["data_statistics"]["32,64,256"]) >= {"above", "visits"}
+    assert set(result["meta"]["data_statistics"]["32,64,256 lm"]) >= {"above", "visits"}
     printed = capsys.readouterr().out
     assert "lm inputs: above" in printed and "runtime_ms op_mem_mb test_data" in printed
 
@@ -390,7 +378,9 @@ def test_the_command(processes, tmp_path, monkeypatch, capsys):
         (["--shape", "64,32,512"], "--shape 64,32,512: lm inputs need a hidden width above 48"),
         (["--data", "real"], "--data: expected lm, randn, uniform or saved:FILE, got 'real'"),
         (["--data", "saved:/no/such/file"], "--data: "),
+        (["--data", "randn", "real"], "--data: expected lm, randn, uniform or saved:FILE, got 'real'"),
         (["--data", "saved:x", "--vocab", "5"], "saved inputs have their own shape"),
+        (["--data", "lm", "saved:a/x.pt", "saved:b/x.pt"], "--data: two saved files of one name"),
         (["--methods", "cce", "magic"], "--methods: there is no magic"),
         (["--tokens", "0"], "argument --tokens: expected a number of 1 or more, got '0'"),
         (["--repeats", "many"], "argument --repeats: expected a number of 1 or more, got 'many'"),
@@ -408,10 +398,13 @@ def test_mistakes(arguments, message, capsys):
 
 def test_arguments():
     args, todo = cli.parse_arguments(["--device", "cpu", "--shape", "gpt2", "9,64,70", "--vocab", "80", "90"])
-    assert [s[1:] for s in todo] == [(8192, 768, 80), (8192, 768, 90), (9, 64, 80), (9, 64, 90)]
+    assert [s[1:] for _, s, _ in todo] == [(8192, 768, 80), (8192, 768, 90), (9, 64, 80), (9, 64, 90)]
     assert args.methods == [m for m in METHODS if not METHODS[m].on_request] and args.dtype == "float32"
     args, todo = cli.parse_arguments(["--device", "cpu", "--methods", "cce", "--data", "randn", "--shape", "8,4,9"])
-    assert args.methods == ["mm", "cce"] and todo == [("8,4,9", 8, 4, 9)]
+    assert args.methods == ["mm", "cce"] and todo == [("randn", ("8,4,9", 8, 4, 9), None)]
+    args, todo = cli.parse_arguments(["--device", "cpu", "--methods", "eps", "liger", "--data", "lm", "randn", "lm"])
+    assert args.methods == ["mm", "cce", *EPS, "cce_exact", "baseline", "liger"]
+    assert [(data, s.d) for data, s, _ in todo] == [("lm", 256), ("randn", 256)]
 
 
 @pytest.mark.parametrize(
@@ -419,6 +412,7 @@ def test_arguments():
     [
         "bench",
         "bench plot",
+        "bench eps",
         "bench.studies.forward",
         "bench.studies.backward",
         "bench.studies.backward plot",
@@ -467,17 +461,6 @@ def test_plot_of_a_backward(tmp_path, monkeypatch):
     assert file.with_suffix(".png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="a backward row has"):
         files.save(file, origin.machine("cpu", "bench.studies.backward", "abc"), [kernel | {"more": 1}])
-
-
-def made_up(places: list[tuple[int, int, int]], names: tuple[str, ...] = ("mm", "cce")) -> list[dict]:
-    rows = []
-    for at in places:
-        for name in names:
-            for row in empty_rows(shapes.of(*at), "lm", name, ""):
-                ms = 1e-6 * math.prod(at) / len(name)
-                figures = dict(runtime_ms=ms, runtime_p20=ms, runtime_p80=ms, x_mm=1.0, tflops=1.0, op_mem_mb=5.0)
-                rows.append(row | figures)
-    return rows
 
 
 def test_the_format_is_checked():

@@ -41,6 +41,7 @@ def test_help() -> None:
     assert "--impl" in done.stdout
 
 
+@pytest.mark.slow
 def test_comparison(tmp_path: Path) -> None:
     process = run(("--impl", "cce_exact", "baseline", "--steps", "6", "--softcap", "30", *TINY), tmp_path)
     output, errors = process.communicate()

@@ -169,6 +169,76 @@ def test_run_resume_plot(
     assert f"| {runs[0]:.4f}, {runs[1]:.4f} | {less[0]:+.4f}, {less[1]:+.4f} |" in row
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_problem_of_a_run(
+    study: ModuleType, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str
+) -> None:
+    """It is what the benchmark reads, and its loss is the held-out loss of the run."""
+    from bench.problems import inputs
+
+    file, problem = tmp_path / "study.json", tmp_path / "in" / "problem.pt"
+    one = ("--impls", "cce", "--seeds", "1", "--dtype", dtype, "--save-problem", str(problem))
+    result = run(study, data, file, *one, "--phases", "pretrain", "--problem-tokens", "248")
+    p = inputs.saved(problem)
+    assert p.e.shape == (248, 16) and p.c.shape == (700, 16) and p.e.dtype == p.c.dtype == torch.bfloat16
+    assert "248 held-out tokens: " in capsys.readouterr().out
+    # final_eval_tokens=256 are the same eight windows, of 31 predictions each.
+    loss = torch.nn.functional.cross_entropy(p.e.float() @ p.c.float().T, p.targets).item()
+    assert loss == pytest.approx(result["runs"][0]["final_held_out_loss"], abs=2e-3)
+    assert p.origin is not None and p.origin["impl"] == "cce" and p.origin["seed"] == 1
+    assert p.origin["config"] == result["config"] and p.origin["device"].startswith("CPU")
+
+    # Part of a window, and not the rest of it either; more than the text has.
+    second = tmp_path / "second.json"
+    run(study, data, second, *one, "--phases", "pretrain", "--problem-tokens", "40")
+    assert torch.load(problem)["e"].untyped_storage().nbytes() == 40 * 16 * 2
+    third = tmp_path / "third.json"
+    run(study, data, third, *one, "--phases", "pretrain")
+    windows = len(study.load(data).held_out) // 32
+    assert len(inputs.saved(problem).e) == 31 * windows < 8192
+    assert f"{31 * windows:,} held-out tokens, all that the held-out text has" in capsys.readouterr().out
+
+    # Of a fine-tuning, whose checkpoint is another run: prompts are masked.
+    result = run(study, data, file, *one, "--phases", "finetune", "--problem-tokens", "248")
+    assert capsys.readouterr().out.count("saved the loss's inputs") == 1
+    p = inputs.saved(problem)
+    assert p.origin is not None and p.origin["phase"] == "finetune"
+    assert 8 * 7 <= (p.targets == -100).sum() <= 8 * 24
+    loss = torch.nn.functional.cross_entropy(p.e.float() @ p.c.float().T, p.targets).item()
+    assert loss == pytest.approx(result["runs"][1]["final_held_out_loss"], abs=2e-3)
+
+
+def test_a_problem_that_cannot_be_saved(
+    study: ModuleType, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, problem = tmp_path / "study.json", tmp_path / "problem.pt"
+    command = ["run", "--data", str(data), "--out", str(file), "--device", "cpu", "--save-problem", str(problem)]
+    with pytest.raises(SystemExit, match="2"):
+        study.main([*command, "--impls", "cce", "--phases", "pretrain"])
+    assert "of one run, not of 2: choose by" in capsys.readouterr().err
+    one = ("--phases", "pretrain", "--seeds", "0", "--impls")
+    assert study.main([*command, *one, "apple", "--set", *TINY]) == 1
+    assert "the run was not made, nor" in capsys.readouterr().err and not problem.exists()
+    monkeypatch.setattr(study.Study, "train", lambda *_: {"seconds": 0.0})
+    run(study, data, file, *one, "cce")
+    with pytest.raises(SystemExit, match="holds this run, which is not run again: name another --out"):
+        study.main([*command, *one, "cce", "--set", *TINY])
+
+
+def test_plot_at_the_end(study: ModuleType, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a machine without matplotlib trains all the same."""
+    file = tmp_path / "study.json"
+    one = ("--phases", "small_batch", "--seeds", "0", "--impls")
+    run(study, data, file, *one, "cce_exact", "--plot")
+    assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert "small batches: 64 tokens a step" in file.with_suffix(".md").read_text()
+    for name in ("study_report", "report", "matplotlib"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit, match="is not installed; in the root of the repository"):
+        run(study, data, file, *one, "baseline", "--plot")
+    assert keys(json.loads(file.read_text()))[1] == ("small_batch", "baseline", 0)
+
+
 def test_each_phase_has_its_weights_and_labels(
     study: ModuleType, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

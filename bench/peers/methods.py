@@ -9,6 +9,13 @@ import cce_ext
 from . import others, ours, plain
 from .method import Method
 
+# The sampling eps that are measured against their cost, as exponents of 2, by the name of the method.
+EPS = {f"cce_eps{k}": k for k in range(6, 12)}
+# Plain PyTorch, whose logits are rounded to the inputs' dtype.
+DENSE = ("baseline", "compiled_baseline", "torch_chunked")
+# What --methods may name together.
+GROUPS = {"eps": ("baseline", "cce", *EPS, "cce_exact")}
+
 IN_FORWARD = "computes the gradient in its forward; loss-bw only scales it"
 
 # mm comes first: every other row is compared with it.
@@ -17,8 +24,7 @@ METHODS = {
     for m in (
         Method("mm", None, note="products only"),
         Method("cce", ours.impl("cce"), draws=True),
-        # The sampling eps against its cost: 2^-6 to 2^-11.
-        *(Method(f"cce_eps{k}", ours.impl("cce", 2.0**-k), draws=True, on_request=True) for k in range(6, 12)),
+        *(Method(name, ours.impl("cce", 2.0**-k), draws=True, on_request=True) for name, k in EPS.items()),
         Method("cce_exact", ours.impl("cce_exact")),
         Method("cce_threshold", ours.impl("cce_threshold")),
         Method("torch_compile", ours.impl("torch_compile"), compiled=True),

@@ -5,9 +5,11 @@ lm: as a trained language model's. randn: logits N(0, 1). uniform: every p is 1/
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +22,15 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class Problem:
-    """One instance of the loss: e [N, D], c [V, D] and targets [N] (int64) on one device."""
+    """One instance of the loss: e [N, D], c [V, D] and targets [N] (int64) on one device.
+
+    origin: what a saved one says of where it is from.
+    """
 
     e: Tensor
     c: Tensor
     targets: Tensor
+    origin: dict[str, Any] | None = None
 
 
 def make(data: str, n: int, d: int, v: int, *, dtype: torch.dtype, device: str, seed: int = 0) -> Problem:
@@ -92,6 +98,7 @@ def uniform(
 def saved(file: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Problem:
     """What torch.save({"e": .., "c": .., "targets": ..}, file) holds: e [.., D], c [V, D], targets [..].
 
+    It may hold "origin" besides: a dict, of what JSON can say, which goes into the results file.
     Raises OSError for a file that cannot be read, ValueError for one that holds something else.
     """
     try:
@@ -112,8 +119,18 @@ def saved(file: str | Path, *, dtype: torch.dtype | None = None, device: str | t
         raise ValueError(
             f"{file}: targets: {targets[outside][0].item()} is neither in [0, {len(c)}) nor {IGNORE_INDEX}"
         )
+    origin = content.get("origin")
+    try:
+        json.dumps(origin, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: origin: {first_line(error)}") from error
     dtype = e.dtype if dtype is None else dtype
-    return Problem(e.reshape(-1, c.shape[1]).to(dtype), c.to(dtype), targets.reshape(-1).long())
+    return Problem(e.reshape(-1, c.shape[1]).to(dtype), c.to(dtype), targets.reshape(-1).long(), origin)
+
+
+def label(data: str) -> str:
+    """The name of data in a results file: a saved file's own folder is nobody else's business."""
+    return "saved:" + Path(data.removeprefix("saved:")).name if data.startswith("saved:") else data
 
 
 def first_line(error: BaseException) -> str:

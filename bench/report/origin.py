@@ -35,16 +35,25 @@ def git_commit() -> str:
 
 
 def machine(device: str, module: str, commit: str | None = None) -> dict[str, Any]:
-    """Device, versions, commit, command and date of this run of `python -m module`."""
+    """Device, versions, commit, command and date of this run of `python -m module`.
+
+    Of a saved problem the command has the file's name alone, as the rows have.
+    """
     cpu = f"{cpu_name()}, {torch.get_num_threads()} threads"
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit or git_commit(),
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", module, *map(without_folder, sys.argv[1:])]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def without_folder(argument: str) -> str:
+    """saved:FOLDER/FILE, with an option's name before it or not, as saved:FILE; any other argument as it is."""
+    option, saved, file = argument.partition("saved:")
+    return option + saved + Path(file).name if saved else argument
 
 
 _CLOCKS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu")

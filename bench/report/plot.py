@@ -12,12 +12,14 @@ from typing import Any
 
 from .. import arguments
 from ..measure.rows import Row
+from ..peers.methods import EPS
 from .files import check
 
 # One colour a family, one marker a member.
 STYLES: dict[str, tuple[str, str]] = {
     "mm": ("0.35", "X"),
     "cce": ("#0057b8", "*"),
+    **dict(zip(EPS, (("#9ecae1", x) for x in "<>^pPh"), strict=True)),
     "cce_exact": ("#0057b8", "o"),
     "cce_threshold": ("#0057b8", "v"),
     "torch_compile": ("#e69f00", "o"),

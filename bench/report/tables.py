@@ -29,17 +29,20 @@ def table(rows: list[Row]) -> str:
 
 def short_table(rows: list[Row]) -> str:
     """Forward and forward + backward beside the plain product, a line a shape and method."""
-    lines = [f"{'shape':<14} {'method':<24} {'fw ms':>9} {'x mm':>6} {'fw+bw ms':>9} {'x mm':>6} {'MB':>8}"]
+    several = len({r["data"] for r in rows}) > 1
+    names = {r["data"]: f" {r['data']:<16}" if several else "" for r in rows}
+    head = f" {'data':<16}" if several else ""
+    lines = [f"{'shape':<14}{head} {'method':<24} {'fw ms':>9} {'x mm':>6} {'fw+bw ms':>9} {'x mm':>6} {'MB':>8}"]
     pairs = {(r["shape"], r["data"], r["method"], r["kind"]): r for r in rows}
     for shape, data, method, kind in pairs:
         if kind != "loss-fw":
             continue
         forward, both = pairs[shape, data, method, kind], pairs[shape, data, method, "loss-fw-bw"]
         if forward["runtime_ms"] is None:
-            lines.append(f"{shape:<14} {method:<24} {forward['note']}")
+            lines.append(f"{shape:<14}{names[data]} {method:<24} {forward['note']}")
             continue
         lines.append(
-            f"{shape:<14} {method:<24} {forward['runtime_ms']:>9.3f} {_number(forward['x_mm'], '.2f'):>6}"
+            f"{shape:<14}{names[data]} {method:<24} {forward['runtime_ms']:>9.3f} {_number(forward['x_mm'], '.2f'):>6}"
             f" {both['runtime_ms']:>9.3f} {_number(both['x_mm'], '.2f'):>6} {_number(both['op_mem_mb'], '.0f'):>8}"
         )
     return "\n".join(lines)
