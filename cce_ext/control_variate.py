@@ -30,15 +30,17 @@ def remainders(
 
 
 class ControlVariate:
-    """Of one backward: a classifier, tokens e [N, D] and which of them are live."""
+    """Of one backward: a classifier, tokens e [N, D], which of them are live, and their log-sum-exps."""
 
-    def __init__(self, classifier: Classifier, e: Tensor, live: Tensor) -> None:
+    def __init__(self, classifier: Classifier, e: Tensor, live: Tensor, lse: Tensor) -> None:
         self.classifier, self.e, self.live = classifier, e, live
         total = torch.zeros(e.shape[1], dtype=classifier.dtype, device=e.device)
-        for _, block in self._live_blocks():
+        # Of the live tokens whose e is finite, as their log-sum-exp tells: one that is not must not reach the others.
+        # 0 where there is none.
+        counts = live & lse.isfinite()
+        for _, block in self._blocks(counts):
             total += block.sum(0)
-        # Of the live tokens; 0 where there is none.
-        self.mean = (total / live.sum().clamp(min=1)).to(e.dtype)
+        self.mean = (total / counts.sum().clamp(min=1)).to(e.dtype)
 
     def spread(self, t0: int, t1: int) -> tuple[Tensor, Tensor]:
         """Of tiles [t0, t1): the mean token's softmax within each, [T, W], and the mean row of c by it, [T, D].
@@ -79,11 +81,11 @@ class ControlVariate:
         if not need_c:
             return None
         sums = torch.zeros_like(rows)
-        for block, e in self._live_blocks():
+        for block, e in self._blocks(self.live):
             sums.addmm_(remainder[:, block], e)
         return softmax, sums
 
-    def _live_blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks of tokens and their e, as 0 where they are not live: it may be NaN there, and so would 0 times it."""
+    def _blocks(self, keep: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Blocks of tokens and their e, as 0 where they are not kept: it may be NaN there, and so would 0 times it."""
         for rows in row_blocks(len(self.e)):
-            yield rows, self.e[rows].to(self.classifier.dtype).masked_fill(~self.live[rows, None], 0.0)
+            yield rows, self.e[rows].to(self.classifier.dtype).masked_fill(~keep[rows, None], 0.0)

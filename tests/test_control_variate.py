@@ -198,9 +198,9 @@ def test_a_retained_graph_gives_the_same_twice(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_each_gradient_is_rounded_once(dtype, device):
+def test_each_gradient_is_rounded_once(dtype):
     """Half precision has fp32's gradient of the same inputs, rounded; the mean token is rounded too."""
-    p = peaked(60, 24, 3000, device=device, bias=True, dtype=dtype)
+    p = peaked(60, 24, 3000, device="cpu", bias=True, dtype=dtype)
     outputs = forward(p)
     got, wide = backward(p, outputs), p.to(torch.float32)
     mean = control_variate.ControlVariate.__init__

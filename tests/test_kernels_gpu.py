@@ -146,7 +146,10 @@ def test_the_map_has_mass_and_norm_of_each_tile():
     log2_norm = (((2 * tiles).logsumexp(2) / 2 - label[:, None]) * LOG2_E).T
     off_mass, off_norm = (share.log2_mass - log2_mass)[:, counts], (share.log2_norm - log2_norm)[:, counts]
     assert off_mass.abs().max() <= 1 / 16 + 1e-3
-    assert off_norm.max() <= 1e-3 and off_norm.min() >= -1 / 4 - 1 / 16 - 1e-3
+    # Rounded down, but for the flattest tiles: the code ends at 15/4 of a bit below the mass.
+    flat = (share.log2_mass - log2_norm)[:, counts] > 15 / 4
+    assert flat.any() and off_norm[~flat].max() <= 1e-3 and off_norm[flat].max() <= 1 / 4 + 1 / 16 + 1e-3
+    assert off_norm.min() >= -1 / 4 - 1e-3
     twin = ops.lce_forward_portable(p.e.float(), p.c.float(), p.bias.float(), p.targets, None, softcap=9.0)[2]
     other = decode_tiles(twin, torch.zeros_like(nll))
     for x, y, step in ((share.log2_mass, other.log2_mass, 1 / 8), (share.log2_norm, other.log2_norm, 1 / 4 + 1 / 8)):
@@ -596,7 +599,7 @@ def test_the_watchdog_says_what_a_block_waits_for(milliseconds):
     else:
         assert re.search(
             r"lce_backward: CUDA failed on cuda:0: the watchdog of CCE_DEBUG=1 stopped the visits: item \d+ "
-            r"\(work \d, tile \d+, part \d+, gate \d+\) waits for gate \d+, which \d+ items keep shut",
+            r"\(work \d, strip \d+, part \d+, gate \d+\) waits for gate \d+, which \d+ items keep shut",
             done.stderr,
         ), done.stderr
 
@@ -636,10 +639,10 @@ def test_errors_of_the_operator_name_the_argument(change, message):
 
 
 def test_the_worst_data_is_right_too():
-    """E = 0 visits as much as any data can. (Its dC is 0.)"""
+    """E = 0: flat tiles, whose share of dE the control variate has, visited or not. (Its dC is 0.)"""
     p = uniform(1000, 64, 20000, dtype=torch.bfloat16, device="cuda")
     outputs = forward(p)
     draws = [backward(p, outputs, "sampled", seed=k, need_c=False)[0].double() for k in range(16)]
     exact = oracle(p, *upstream(p))[2][0]
-    assert error(draws[0], exact) > 0.05
-    assert error(sum(draws) / len(draws), exact) < 0.35 * error(draws[0], exact)
+    for draw in draws:
+        assert error(draw, exact) < 4e-3

@@ -156,36 +156,65 @@ def test_the_exact_backward_keeps_to_its_memory(host, d, v):
     assert waves / -(-plan["units"] // 66) > 0.9
 
 
+each_capability = pytest.mark.parametrize("capability", [(8, 0, True), (9, 0, False), (9, 0, True)], ids=str)
+
+
 @gpus
 @shapes
-def test_visits_have_room(host, gpu, shape):
+@each_capability
+def test_visits_have_room(host, gpu, shape, capability):
     n, d, v = shape
-    plan = host.plan_visits(n, d, v, True, True, False, *gpu)
-    tiles = -(-v // 128)
-    # Every pair visited: the most that there can be.
-    assert plan["capacity"] >= n and plan["buffer"] == plan["capacity"] + n
-    assert plan["max_chunks"] * plan["capacity"] >= tiles * n
+    plan = host.plan_visits(n, d, v, True, True, False, *gpu, *capability)
+    hopper = plan["kernel"] == "sm90"
+    assert hopper == (capability == (9, 0, True) and gpu[1] >= plan["shared_bytes"] and gpu[1] > 200 << 10)
+    assert plan["reason"].startswith("wgmma" if hopper else "mma.sync")
+    assert plan["columns"] == (256 if hopper else 128) and plan["shared_bytes"] <= gpu[1]
+    strips, rows = -(-v // plan["columns"]), n + 1
+    assert plan["strips"] == strips and plan["tiles"] == -(-v // 256)
+    # Every pair visited, and the control variate's row: the most that there can be.
+    padded = -(-rows // 16) * 16 if hopper else rows
+    assert plan["centroids"] == 1
+    assert plan["capacity"] >= padded and plan["buffer"] == plan["capacity"] + padded
+    assert plan["max_chunks"] * plan["capacity"] >= strips * padded
     slices = -(-d // 128)
-    most = sum(-(-slices // host.slices_per_item(visits, slices)) for visits in [n] * tiles)
-    lenders = tiles - plan["first_borrowed"]
-    assert plan["max_items"] >= (tiles + lenders) * -(-n // 128) + most + -(-n // 64)
+    most = sum(-(-slices // host.slices_per_item(visits, slices)) for visits in [rows] * strips)
+    lenders = strips - plan["first_borrowed"]
+    rounds = -(-n // 256) * slices if hopper else -(-n // 64)
+    assert plan["max_items"] >= (strips + lenders) * -(-rows // 128) + most + rounds
     assert plan["words"] * 32 >= n and plan["words"] % 4 == 0
-    assert host.plan_visits(n, d, v, True, False, False, *gpu)["slices"] == 0
+    assert plan["residual_stride"] >= n and plan["residual_stride"] % 8 == 0
+    alone = host.plan_visits(n, d, v, True, False, False, *gpu, *capability)
+    assert alone["slices"] == 0 and alone["centroids"] == int(hopper)
+    assert host.plan_visits(n, d, v, False, True, False, *gpu, *capability)["centroids"] == 1
 
 
 @gpus
 @shapes
+@each_capability
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
-def test_the_sums_of_e_lie_in_rows_that_are_written_last(host, gpu, shape, needs):
+def test_the_sums_of_e_lie_in_rows_that_are_written_last(host, gpu, shape, capability, needs):
     n, d, v = shape
-    plan = host.plan_visits(n, d, v, *needs, False, *gpu)
-    tiles, lent = -(-v // 128), plan["first_borrowed"]
-    assert lent == tiles or all(needs)
-    assert (lent < tiles) == (all(needs) and v >= 12 * n)
-    if lent < tiles:
-        assert lent * 128 * d <= plan["sums_begin"]
+    plan = host.plan_visits(n, d, v, *needs, False, *gpu, *capability)
+    strips, columns, first = plan["strips"], plan["columns"], plan["first_borrowed"]
+    # Hopper's kernel needs the residual masses for as long.
+    residual = -(-plan["tiles"] * plan["residual_stride"] // d) if plan["kernel"] == "sm90" else 0
+    assert (first < strips) == (all(needs) and v >= 6 * (2 * n + residual))
+    if first < strips:
+        assert first * columns * d <= plan["residual_begin"] <= plan["sums_begin"]
+        assert plan["sums_begin"] - plan["residual_begin"] >= residual * d
         assert (v * d - plan["sums_begin"]) * 2 >= n * d * 4
-        assert plan["sums_begin"] * 2 % 16 == 0
+        assert plan["sums_begin"] * 2 % 16 == 0 and plan["residual_begin"] * 2 % 16 == 0
+
+
+@gpus
+@pytest.mark.parametrize("d", [8, 768, 2304, 4096, 16384, 65536])
+def test_a_pass_for_centroids_fits_any_width(host, gpu, d):
+    """As many rows of C at a time as fit; none where one does not."""
+    group = host.plan_visits(100, d, 5000, True, True, False, *gpu)["centroid_group"]
+    room = gpu[1] - 2048 - 4 * d
+    assert group * 2 * d <= max(room, 0)
+    assert group > 0 or room < 2 * d
+    assert group <= 256 and (group < 8 or group % 8 == 0)
 
 
 def test_slices_of_an_item(host):

@@ -32,7 +32,7 @@ struct MeanRowsArguments {
   Rows<Element> e;
   const GradientRow* rows;  // [n]
   int d;
-  float* sums;   // [kMeanSplits, d]
+  float* sums;    // [kMeanSplits, d]
   Element* mean;  // [d]
 };
 
@@ -86,7 +86,8 @@ __global__ void __launch_bounds__(kMeanThreads)
   const int column = static_cast<int>(blockIdx.x) * kMeanThreads + static_cast<int>(threadIdx.x);
   if (column >= a.d) return;
   float total = 0.0f;
-  for (int split = 0; split < kMeanSplits; ++split) total += a.sums[static_cast<int64_t>(split) * a.d + column];
+  for (int split = 0; split < kMeanSplits; ++split)
+    total += a.sums[static_cast<int64_t>(split) * a.d + column];
   a.mean[column] = narrow<Element>(total / static_cast<float>(max(count, 1)));
 }
 
@@ -113,7 +114,7 @@ struct CentroidsArguments {
   int64_t bias_stride;
   Softcap softcap;
   int d;
-  int group;  // rows at a time; 0: one row of C has no place in shared memory
+  int group;           // rows at a time; 0: one row of C has no place in shared memory
   Element* weights;    // [tiles, kTileColumns], times centroid_weight_scale(); 0 past the vocabulary
   Element* centroids;  // [tiles, d]
 };

@@ -54,7 +54,8 @@ class GradientEpilogue {
   // Whether the filter keeps the block that the warp has a part of.
   template <typename Sums>
   __device__ __forceinline__ bool keeps(const Sums& sums, int row0, int column0) const {
-    static_assert(kLogitsRows == kFilterBlockRows && kLogitsColumns == 2 * kFilterColumns, "two of its blocks");
+    static_assert(kLogitsRows == kFilterBlockRows && kLogitsColumns == 2 * kFilterColumns,
+                  "two of its blocks");
     bool passes = false;
     each_row(sums, row0, column0, [&](int r, int, const GradientRow& g, int label) {
       passes |= passes_filter<Sums::kColumns>(sums, r, 0, g, label, a_);

@@ -11,10 +11,10 @@
 #include "tile/warp_product.cuh"
 
 // dC of the exact backward is a plain product, dz^T E, and cuBLAS's; so is the control variate's sum of E by
-// residual masses. Only where a token that does not count (ignored, or without a gradient) has a row of e that
-// is not finite, 0 times that row is NaN in every row of the product. Then the kernel here computes it again
-// from the rows that count; otherwise its blocks end at once. A copy of e without these rows would do as well,
-// but would take memory in every call.
+// residual masses. Only where a token that does not count (ignored, or without a gradient) has a row of e
+// that is not finite, 0 times that row is NaN in every row of the product. Then the kernel here computes it
+// again from the rows that count; otherwise its blocks end at once. A copy of e without these rows would do
+// as well, but would take memory in every call.
 namespace cce {
 
 constexpr int kStrayRowsThreads = 256;
@@ -50,7 +50,7 @@ struct LiveProductArguments {
   const GradientRow* rows;  // [n]
   const VisitControl* control;
   int d, columns, stages;
-  float factor;     // of the product
+  float factor;      // of the product
   bool keeps_scale;  // else it is divided by the weights' scale
   Element* out;      // [columns, d] contiguous
 };

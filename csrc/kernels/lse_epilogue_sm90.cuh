@@ -10,8 +10,8 @@
 namespace cce {
 
 // As LseEpilogue, from the registers of wgmma: a quad of lanes holds all 256 columns of two rows, a vocab
-// tile, so that rows are reduced by shuffles alone. Even lanes of a quad keep the first row's log-sum-exp, odd
-// ones that of the row eight below. What a warp writes of the tile map are 16 neighbouring entries.
+// tile, so that rows are reduced by shuffles alone. Even lanes of a quad keep the first row's log-sum-exp,
+// odd ones that of the row eight below. What a warp writes of the tile map are 16 neighbouring entries.
 template <typename Element, int kPolynomialEighths>
 class LseEpilogueSm90 {
  public:
@@ -73,8 +73,7 @@ class LseEpilogueSm90 {
       for (int c = 0; c < Sums::kColumns; ++c) {
         const float power = fmaf(sums.at(r, c), kLog2E, offset);
         // Interleaved, so that both units have work.
-        const float x =
-            c / 2 * 3 % 8 < kPolynomialEighths ? exp2_polynomial(power) : ptx::exp2_approx(power);
+        const float x = c / 2 * 3 % 8 < kPolynomialEighths ? exp2_polynomial(power) : ptx::exp2_approx(power);
         sum[c % 2] += x;
         square[c % 2] = fmaf(x, x, square[c % 2]);
       }

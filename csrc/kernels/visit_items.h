@@ -81,15 +81,15 @@ CCE_HOST_DEVICE constexpr int second_gate(const VisitItem& item) {
 
 struct VisitLayout {
   int n, v, d;
-  int columns;          // of a strip
+  int columns;  // of a strip
   int strips;
   int strips_per_tile;
   int slices;  // of D, for items of dC; 0 where neither dC nor dbias is wanted
   bool need_e;
   bool finds_centroids;
   // Rows after a strip's visits that are the control variate's, 0 or 1. Its dz are the tile's weights; for dC
-  // its token is the sum of the tokens by their residual masses, for dE, where the kernel finds the centroids,
-  // the mean token.
+  // its token is the sum of the tokens by their residual masses, for dE, where the kernel finds the
+  // centroids, the mean token.
   int centroids;
   // Strips from here on lend their rows of dC to dE's sums (fp32, [n, d]), which begin at element
   // `sums_begin` of dC, and before them, where they live as long, to the residual masses ([tiles,
@@ -97,9 +97,9 @@ struct VisitLayout {
   int first_borrowed;
   int64_t sums_begin, residual_begin;
   int residual_stride;  // n, rounded up to whole vectors
-  uint32_t ring_pad;  // a strip's rows of the ring are a multiple of this
-  uint32_t capacity;  // rows of dz after which a new chunk begins: no strip has more
-  uint32_t buffer;    // rows of one of the ring's buffers: a chunk's last strip may go beyond its capacity
+  uint32_t ring_pad;    // a strip's rows of the ring are a multiple of this
+  uint32_t capacity;    // rows of dz after which a new chunk begins: no strip has more
+  uint32_t buffer;      // rows of one of the ring's buffers: a chunk's last strip may go beyond its capacity
   int64_t max_chunks, max_items;
 
   CCE_HOST_DEVICE bool borrows() const { return first_borrowed < strips; }

@@ -21,10 +21,10 @@ struct VisitMaskArguments {
   VisitRate rate;
   Softcap softcap;
   int n, tiles;
-  uint32_t* mask;        // [tiles, mask_words(n)]
-  uint32_t* counts;      // [tiles], 0 before
-  Element* residual;     // [tiles, residual_stride], scaled
-  int residual_stride;   // n, rounded up; what is past n becomes 0
+  uint32_t* mask;       // [tiles, mask_words(n)]
+  uint32_t* counts;     // [tiles], 0 before
+  Element* residual;    // [tiles, residual_stride], scaled
+  int residual_stride;  // n, rounded up; what is past n becomes 0
 };
 
 // The mean of softcap's slope over a tile, about: that at the logit of a single column with the tile's norm.

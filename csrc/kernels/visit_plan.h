@@ -68,12 +68,14 @@ CCE_HOST_DEVICE void plan_visit_items(Block& block, const VisitPlanArguments& a,
 
   // Strips that lend come last. Before that, the largest first.
   const auto class_of = [&](int strip) {
-    return (strip < layout.first_borrowed ? 0 : kVisitSizes) + visit_size_class(layout.rows_of(a.counts, strip));
+    return (strip < layout.first_borrowed ? 0 : kVisitSizes) +
+           visit_size_class(layout.rows_of(a.counts, strip));
   };
   for (int k = thread; k < 2 * kVisitSizes; k += threads) shared.class_first[k] = 0;
   if (thread == 0) shared.plain = {0, 0, 0};
   block.sync();
-  for (int strip = thread; strip < strips; strip += threads) block.add(&shared.class_first[class_of(strip)], 1);
+  for (int strip = thread; strip < strips; strip += threads)
+    block.add(&shared.class_first[class_of(strip)], 1);
   block.sync();
   if (thread == 0) {
     uint32_t before = 0;
@@ -134,7 +136,9 @@ CCE_HOST_DEVICE void plan_visit_items(Block& block, const VisitPlanArguments& a,
     const uint32_t visits = layout.rows_of(a.counts, a.order[k]);
     uint32_t row_in_chunk;
     const uint32_t chunk = place_of(k, row, row_in_chunk);
-    const bool begins = k == 0 || chunk != place_of(k - 1, row - layout.padded(layout.rows_of(a.counts, a.order[k - 1])), row_in_chunk);
+    const bool begins =
+        k == 0 ||
+        chunk != place_of(k - 1, row - layout.padded(layout.rows_of(a.counts, a.order[k - 1])), row_in_chunk);
     if (begins) {
       a.chunk_begins[2 * chunk] = dz_before;
       a.chunk_begins[2 * chunk + 1] = dc_before;

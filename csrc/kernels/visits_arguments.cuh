@@ -19,17 +19,17 @@ struct VisitsArguments {
   int64_t bias_stride;
   Softcap softcap;
   int d, stages;
-  const GradientRow* rows;        // [n]
-  const float* nll;               // [n]
-  const uint16_t* tile_map;       // [tiles, n]
-  const uint32_t* mask;           // [tiles, mask_words(n)]
-  const uint32_t* counts;         // [tiles]
+  const GradientRow* rows;   // [n]
+  const float* nll;          // [n]
+  const uint16_t* tile_map;  // [tiles, n]
+  const uint32_t* mask;      // [tiles, mask_words(n)]
+  const uint32_t* counts;    // [tiles]
   VisitQueueArguments queue;
   VisitRate rate;
   VisitLayout layout;
   // Where the kernel finds the centroids: the mean token, and where they go.
-  const Element* mean;   // [d]
-  Element* centroids;    // [tiles, d]
+  const Element* mean;      // [d]
+  Element* centroids;       // [tiles, d]
   const Element* residual;  // [tiles, residual_stride]: residual masses, scaled
   // Else they are known: each tile's weights, times centroid_weight_scale().
   const Element* weights;  // [tiles, kTileColumns]
@@ -37,12 +37,12 @@ struct VisitsArguments {
   // centroid_weight_scale(), and, where dbias is wanted, the sum of these masses, scaled.
   const Element* residual_e;   // [tiles, d]
   const float* residual_sums;  // [tiles]
-  Element* dz;         // the ring: [buffers, columns of a strip], scaled
-  int* tokens;         // the ring: whose dz it is
-  float* sum_e;        // [n, d], scaled, added to; it may lie in grad_c
-  Element* grad_e;     // [n, d]
-  Element* grad_c;     // [v, d] contiguous, or null
-  Element* grad_bias;  // [v] or null
+  Element* dz;                 // the ring: [buffers, columns of a strip], scaled
+  int* tokens;                 // the ring: whose dz it is
+  float* sum_e;                // [n, d], scaled, added to; it may lie in grad_c
+  Element* grad_e;             // [n, d]
+  Element* grad_c;             // [v, d] contiguous, or null
+  Element* grad_bias;          // [v] or null
 };
 
 }  // namespace cce

@@ -18,10 +18,10 @@
 
 // The gradient of the visited pairs, a strip of 128 columns at a time. An item of dz gathers up to 128 of the
 // tokens that visit its tile, recomputes their logits (K = D), leaves dz in shared memory and in a scratch
-// ring, and adds dz C_strip to their rows of dE. An item of dC multiplies all of a strip's dz with the tokens'
-// rows of E, and the tile's weights with the sum of E by residual masses, which is the control variate; the
-// strip owns its rows of dC, which are written once. Items of rounding end dE. Blocks take the items in the
-// plan's order.
+// ring, and adds dz C_strip to their rows of dE. An item of dC multiplies all of a strip's dz with the
+// tokens' rows of E, and the tile's weights with the sum of E by residual masses, which is the control
+// variate; the strip owns its rows of dC, which are written once. Items of rounding end dE. Blocks take the
+// items in the plan's order.
 namespace cce {
 
 template <typename Element>
@@ -279,8 +279,7 @@ class Visits {
       }
     };
     fetch_tokens(0);
-    const Element* residual_e =
-        a_.residual_e + static_cast<int64_t>(a_.layout.tile_of(item.strip)) * a_.d;
+    const Element* residual_e = a_.residual_e + static_cast<int64_t>(a_.layout.tile_of(item.strip)) * a_.d;
     int next_depth = 0, next_slice = first;
     const auto send = [&](uint32_t stage) {
       if (next_slice == end) return;

@@ -33,9 +33,9 @@ struct VisitsSm90 {
 template <typename Element>
 struct VisitSlot {
   VisitItem item;
-  bool more;     // false: there are no more items
-  int rows;      // of an item of dz: its tokens and the control variate's row; of dC: the strip's
-  int visits;    // of an item of dz: its tokens
+  bool more;   // false: there are no more items
+  int rows;    // of an item of dz: its tokens and the control variate's row; of dC: the strip's
+  int visits;  // of an item of dz: its tokens
   VisitRow row[kVisitRows];
   int token[kVisitRows];
   const Element* e[kVisitRows];  // of each row, its tokens' and the mean token's

@@ -123,7 +123,8 @@ inline bool tensor_map_takes(int64_t rows, int64_t d, int64_t row_stride) {
 // Why Hopper's kernels cannot run, or null. shared_bytes: what a block of them needs.
 inline const char* why_not_sm90(const LossInputs& in, const DeviceLimits& limits, int shared_bytes) {
   if (limits.major != 9 || limits.minor != 0) return "mma.sync: the GPU is not of compute capability 9.0";
-  if (!limits.has_sm90) return "mma.sync: the build has no kernels for sm_90a, or CCE_KERNELS holds them back";
+  if (!limits.has_sm90)
+    return "mma.sync: the build has no kernels for sm_90a, or CCE_KERNELS holds them back";
   if (limits.shared_bytes < shared_bytes) {
     return "mma.sync: a block may not have the shared memory that wgmma's ring takes";
   }

@@ -14,8 +14,8 @@ namespace {
 
 // The mean token, and unless the visits find them each tile's weights and centroid.
 template <typename Element>
-cudaError_t find_centroids(const LceBackwardParams& p, const VisitsScratch& scratch,
-                           const VisitsPlan& plan, cudaStream_t on) {
+cudaError_t find_centroids(const LceBackwardParams& p, const VisitsScratch& scratch, const VisitsPlan& plan,
+                           cudaStream_t on) {
   MeanRowsArguments<Element> m;
   m.e = rows_of_e<Element>(p.in);
   m.rows = static_cast<const GradientRow*>(p.rows);
@@ -47,8 +47,8 @@ cudaError_t find_centroids(const LceBackwardParams& p, const VisitsScratch& scra
 
 // Which pairs are visited, and what the control variate makes up for.
 template <typename Element>
-cudaError_t find_visits(const LceBackwardParams& p, const VisitsScratch& scratch,
-                        const VisitsPlan& plan, cudaStream_t on) {
+cudaError_t find_visits(const LceBackwardParams& p, const VisitsScratch& scratch, const VisitsPlan& plan,
+                        cudaStream_t on) {
   const cudaError_t error = cudaMemsetAsync(scratch.counts, 0, plan.tiles * sizeof(uint32_t), on);
   if (error != cudaSuccess) return error;
   VisitMaskArguments<Element> m;
@@ -84,8 +84,7 @@ cudaError_t find_visits(const LceBackwardParams& p, const VisitsScratch& scratch
 // The products of the residual masses: with E for dC, with the centroids for dE.
 template <typename Element>
 LaunchError multiply_residuals(const LceBackwardParams& p, const VisitsScratch& scratch,
-                               const VisitsPlan& plan, const Blas& blas,
-                               cudaStream_t on) {
+                               const VisitsPlan& plan, const Blas& blas, cudaStream_t on) {
   const Element* residual = visit_residual<Element>(p, scratch, plan.layout);
   const BlasMatrix masses = {residual, plan.layout.residual_stride};
   const int64_t n = p.in.n, d = p.in.d, tiles = plan.tiles;
@@ -130,8 +129,7 @@ LaunchError multiply_residuals(const LceBackwardParams& p, const VisitsScratch& 
 }  // namespace
 
 LaunchError launch_visits_plan(const LceBackwardParams& p, const VisitsScratch& scratch,
-                               const VisitsPlan& plan, const Blas& blas,
-                               int device, void* stream) {
+                               const VisitsPlan& plan, const Blas& blas, int device, void* stream) {
   if (p.in.n == 0) return {};
   const auto on = static_cast<cudaStream_t>(stream);
   return dispatch_16bit(p.in.dtype, [&](auto element) -> LaunchError {

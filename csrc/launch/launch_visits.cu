@@ -109,9 +109,8 @@ LaunchError launch(const LceBackwardParams& p, const VisitsScratch& scratch, con
 LaunchError launch_visits(const LceBackwardParams& p, const VisitsScratch& scratch, const VisitsPlan& plan,
                           int device, void* stream) {
   if (p.in.n == 0) return {};
-  return dispatch_16bit(p.in.dtype, [&](auto element) {
-    return launch<decltype(element)>(p, scratch, plan, device, stream);
-  });
+  return dispatch_16bit(
+      p.in.dtype, [&](auto element) { return launch<decltype(element)>(p, scratch, plan, device, stream); });
 }
 
 }  // namespace cce

@@ -17,8 +17,8 @@ LaunchError launch_visits_sm90(const VisitsArguments<Element>& a, const VisitsPl
   const VisitLayout& layout = plan.layout;
   const char* refused = encode_rows<Element>(maps.c, a.c.data, a.c.count, a.d, a.c.stride, kTileColumns);
   if (refused == nullptr && layout.slices > 0) {
-    refused = encode_rows<Element>(maps.dz, a.dz, layout.ring_rows(), kTileColumns, kTileColumns,
-                                   kRowElements);
+    refused =
+        encode_rows<Element>(maps.dz, a.dz, layout.ring_rows(), kTileColumns, kTileColumns, kRowElements);
   }
   if (layout.finds_centroids) {
     if (refused == nullptr) {

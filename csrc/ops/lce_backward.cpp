@@ -118,8 +118,8 @@ void visits(LceBackwardParams params, const Tensor& tile_map, const int64_t* see
   scratch.residual = residual.mutable_data_ptr();
   scratch.residual_e = residual_e.mutable_data_ptr();
   scratch.residual_sums = static_cast<float*>(residual_sums.mutable_data_ptr());
-  check_launch(
-      kOp, launch_visits_plan(params, scratch, plan, current_blas(), scope.device(), scope.stream()), e);
+  check_launch(kOp, launch_visits_plan(params, scratch, plan, current_blas(), scope.device(), scope.stream()),
+               e);
   if (!layout.finds_centroids) {
     // Done with before the ring is wanted: they never live together.
     centroids = new_empty(e, {0});

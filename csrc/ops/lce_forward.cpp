@@ -36,8 +36,8 @@ std::tuple<Tensor, Tensor, Tensor> lce_forward(const Tensor& e_in, const Tensor&
   const int64_t tiles = ceil_div(v, kTileColumns);
   const Tensor nll = new_empty(e_in, {n}, ScalarType::Float);
   const Tensor lse = new_empty(e_in, {n}, ScalarType::Float);
-  const Tensor tile_map = need_map ? new_empty(e_in, {tiles, n}, ScalarType::Short)
-                                   : new_empty(e_in, {0, 0}, ScalarType::Short);
+  const Tensor tile_map =
+      need_map ? new_empty(e_in, {tiles, n}, ScalarType::Short) : new_empty(e_in, {0, 0}, ScalarType::Short);
   if (n == 0) return {nll, lse, tile_map};
 
   const Tensor e = with_vector_rows(e_in);

@@ -11,13 +11,13 @@ CCE_TORCH_LIBRARY(m) {
       "bool filter_e_grad=True, bool filter_c_grad=True, str impl=\"cce\") -> Tensor");
   m.def(
       "lce_forward(Tensor e, Tensor c, Tensor? bias, Tensor targets, Tensor? seed, *, "
-      "SymInt ignore_index=-100, float? softcap=None, str method=\"sampled\", float eps=0.001953125, "
+      "SymInt ignore_index=-100, float? softcap=None, str method=\"sampled\", float eps=0.00390625, "
       "bool filter_e=True, bool filter_c=True, bool need_map=True) "
       "-> (Tensor nll, Tensor lse, Tensor tile_map)");
   m.def(
       "lce_backward(Tensor? g_nll, Tensor? g_lse, Tensor e, Tensor c, Tensor? bias, Tensor targets, "
       "Tensor nll, Tensor lse, Tensor tile_map, Tensor? seed, *, "
-      "SymInt ignore_index=-100, float? softcap=None, str method=\"sampled\", float eps=0.001953125, "
+      "SymInt ignore_index=-100, float? softcap=None, str method=\"sampled\", float eps=0.00390625, "
       "bool filter_e=True, bool filter_c=True, bool need_e=True, bool need_c=True, bool need_bias=False) "
       "-> (Tensor grad_e, Tensor grad_c, Tensor grad_bias)");
   m.def(
@@ -26,13 +26,13 @@ CCE_TORCH_LIBRARY(m) {
   // The portable kernels by themselves, for what the CUDA kernels leave to them: fp32 and fp64.
   m.def(
       "lce_forward_portable(Tensor e, Tensor c, Tensor? bias, Tensor targets, Tensor? seed, *, "
-      "SymInt ignore_index=-100, float? softcap=None, str method=\"sampled\", float eps=0.001953125, "
+      "SymInt ignore_index=-100, float? softcap=None, str method=\"sampled\", float eps=0.00390625, "
       "bool filter_e=True, bool filter_c=True, bool need_map=True) "
       "-> (Tensor nll, Tensor lse, Tensor tile_map)");
   m.def(
       "lce_backward_portable(Tensor? g_nll, Tensor? g_lse, Tensor e, Tensor c, Tensor? bias, Tensor targets, "
       "Tensor nll, Tensor lse, Tensor tile_map, Tensor? seed, *, "
-      "SymInt ignore_index=-100, float? softcap=None, str method=\"sampled\", float eps=0.001953125, "
+      "SymInt ignore_index=-100, float? softcap=None, str method=\"sampled\", float eps=0.00390625, "
       "bool filter_e=True, bool filter_c=True, bool need_e=True, bool need_c=True, bool need_bias=False) "
       "-> (Tensor grad_e, Tensor grad_c, Tensor grad_bias)");
   m.def("build_info() -> str");

@@ -8,9 +8,10 @@
 // Products of warpgroups: made for sm_90a.
 namespace cce::ptx {
 
-// Products of a warpgroup, four warps at a multiple of four: D += A B^T, 64 rows by up to 256 columns by 16 of
-// k, the operands in shared memory or A in registers, the sums in registers. They run asynchronously: fence,
-// products, commit, wait. PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions" (PTX 8.0, sm_90a).
+// Products of a warpgroup, four warps at a multiple of four: D += A B^T, 64 rows by up to 256 columns by 16
+// of k, the operands in shared memory or A in registers, the sums in registers. They run asynchronously:
+// fence, products, commit, wait. PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions" (PTX 8.0,
+// sm_90a).
 
 // Describes an operand of contiguous k, in rows of 128 bytes as a copy with a swizzle of 128 bytes leaves
 // them: `shared` is a multiple of 1024, or 32 bytes per 16 of k behind one. Section "Matrix Descriptor
@@ -26,8 +27,8 @@ __device__ __forceinline__ uint64_t wgmma_operand(uint32_t shared) {
 constexpr uint64_t kWgmmaNextK = 32 / 16;
 
 // The same of an operand whose m or n is contiguous: blocks of [k][64 m or n] in rows of 128 bytes,
-// `next_block` bytes from 64 to the next 64. Bits 16-29 are that stride, 32-45 the bytes from eight of k to the
-// next eight. For the next 16 of k it grows by kWgmmaNextRows.
+// `next_block` bytes from 64 to the next 64. Bits 16-29 are that stride, 32-45 the bytes from eight of k to
+// the next eight. For the next 16 of k it grows by kWgmmaNextRows.
 __device__ __forceinline__ uint64_t wgmma_operand_mn(uint32_t shared, uint32_t next_block) {
   constexpr uint64_t kFixed = (uint64_t{1024 / 16} << 32) | (uint64_t{1} << 62);
   return kFixed | (uint64_t{next_block / 16} << 16) | ((shared & 0x3ffff) >> 4);

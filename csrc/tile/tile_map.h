@@ -14,8 +14,8 @@
 // 256 bits up or down is marked: code 0 says "this or less", the highest "this or more".
 namespace cce {
 
-constexpr int kMassSteps = 8;   // a bit
-constexpr int kNormSteps = 4;   // a bit
+constexpr int kMassSteps = 8;  // a bit
+constexpr int kNormSteps = 4;  // a bit
 constexpr int kMassCodes = 4096;
 constexpr int kNormCodes = 16;
 constexpr int kMassOfOne = kMassCodes / 2;
@@ -25,10 +25,13 @@ constexpr int kMassOfOne = kMassCodes / 2;
 CCE_HOST_DEVICE inline uint16_t encode_tile(float log2_mass, float log2_norm) {
   const float steps = log2_mass * kMassSteps + kMassOfOne;
   // Written so that NaN, which only a NaN logit gives, becomes the highest code.
-  const int mass = steps < 0.5f ? 0 : steps < kMassCodes - 1 ? static_cast<int>(steps + 0.5f) : kMassCodes - 1;
+  const int mass = steps < 0.5f             ? 0
+                   : steps < kMassCodes - 1 ? static_cast<int>(steps + 0.5f)
+                                            : kMassCodes - 1;
   if (mass == 0) return 0;
   const float below = (static_cast<float>(mass - kMassOfOne) / kMassSteps - log2_norm) * kNormSteps;
-  const int norm = below > 0 ? below < kNormCodes - 1 ? static_cast<int>(std::ceil(below)) : kNormCodes - 1 : 0;
+  const int norm =
+      below > 0 ? below < kNormCodes - 1 ? static_cast<int>(std::ceil(below)) : kNormCodes - 1 : 0;
   return static_cast<uint16_t>(mass * kNormCodes + norm);
 }
 

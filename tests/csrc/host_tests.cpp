@@ -30,7 +30,7 @@ py::tuple decode_tile(uint16_t code, float log2_reference) {
 }
 
 float visit_probability(uint16_t code, float log2_reference, float log2_rate, float even_share) {
-  return cce::visit_probability(cce::decode_tile(code, log2_reference), log2_rate, even_share);
+  return cce::VisitRate{log2_rate, even_share}.probability(cce::decode_tile(code, log2_reference));
 }
 
 float tile_mass(uint16_t code, float log2_reference) {
@@ -107,21 +107,34 @@ py::dict plan_exact(int64_t n, int64_t d, int64_t v, bool need_e, bool need_c, i
 }
 
 py::dict plan_visits(int64_t n, int64_t d, int64_t v, bool need_e, bool need_c, bool need_bias,
-                     int multiprocessors, int shared_bytes) {
-  const cce::VisitsPlan plan =
-      cce::plan_visits(n, d, v, need_e, need_c, need_bias, {multiprocessors, shared_bytes});
+                     int multiprocessors, int shared_bytes, int major, int minor, bool has_sm90) {
+  cce::LossInputs in{};
+  in.n = n;
+  in.d = in.e_row_stride = in.c_row_stride = d;
+  in.v = v;
+  const cce::VisitsPlan plan = cce::plan_visits(in, need_e, need_c, need_bias,
+                                                {multiprocessors, shared_bytes, major, minor, has_sm90});
   const cce::VisitLayout& layout = plan.layout;
   py::dict result;
-  result["tiles"] = layout.tiles;
+  result["kernel"] = plan.kernel == cce::VisitsKernel::kSm90 ? "sm90" : "sm80";
+  result["reason"] = plan.reason;
+  result["tiles"] = plan.tiles;
+  result["columns"] = layout.columns;
+  result["strips"] = layout.strips;
   result["words"] = plan.words;
   result["slices"] = layout.slices;
+  result["centroids"] = layout.centroids;
   result["capacity"] = layout.capacity;
   result["buffer"] = layout.buffer;
   result["max_chunks"] = layout.max_chunks;
   result["max_items"] = layout.max_items;
   result["sums_begin"] = layout.sums_begin;
+  result["residual_begin"] = layout.residual_begin;
+  result["residual_stride"] = layout.residual_stride;
   result["first_borrowed"] = layout.first_borrowed;
+  result["stages"] = plan.stages;
   result["shared_bytes"] = plan.shared_bytes;
+  result["centroid_group"] = plan.centroid_group;
   return result;
 }
 
@@ -131,8 +144,10 @@ using Numbers = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 using Counts = py::array_t<uint32_t, py::array::c_style | py::array::forcecast>;
 constexpr int kItemFields = 7;
 
-cce::VisitLayout visit_layout(const std::array<int64_t, 3>& shape, const std::array<bool, 3>& needs) {
-  return cce::visit_layout(shape[0], shape[1], shape[2], needs[0], needs[1], needs[2]);
+cce::VisitLayout visit_layout(const std::array<int64_t, 3>& shape, const std::array<bool, 3>& needs,
+                              bool sm90) {
+  return cce::visit_layout(shape[0], shape[1], shape[2], needs[0], needs[1], needs[2],
+                           sm90 ? cce::VisitsSm90::kShape : cce::kVisitShape);
 }
 
 std::vector<uint32_t> vector_of(const Counts& counts) {
@@ -141,14 +156,14 @@ std::vector<uint32_t> vector_of(const Counts& counts) {
 
 // The items and the number of items of each gate.
 py::tuple plan_visit_items(const std::array<int64_t, 3>& shape, const std::array<bool, 3>& needs,
-                           const Counts& counts, int threads) {
+                           const Counts& counts, bool sm90, int threads) {
   const cce_tests::VisitPlan plan =
-      cce_tests::make_visit_plan(visit_layout(shape, needs), vector_of(counts), threads);
+      cce_tests::make_visit_plan(visit_layout(shape, needs, sm90), vector_of(counts), threads);
   Numbers items({static_cast<py::ssize_t>(plan.items.size()), static_cast<py::ssize_t>(kItemFields)});
   int64_t* to = items.mutable_data();
   for (const cce::VisitItem& item : plan.items) {
     for (const int64_t field :
-         {int64_t{item.tile}, static_cast<int64_t>(item.work), int64_t{item.part}, int64_t{item.first_row},
+         {int64_t{item.strip}, static_cast<int64_t>(item.work), int64_t{item.part}, int64_t{item.first_row},
           int64_t{item.gate}, int64_t{item.needs[0]}, int64_t{item.needs[1]}}) {
       *to++ = field;
     }
@@ -158,13 +173,13 @@ py::tuple plan_visit_items(const std::array<int64_t, 3>& shape, const std::array
 
 // Executes such items; empty, or what went wrong first.
 std::string execute_visit_items(const std::array<int64_t, 3>& shape, const std::array<bool, 3>& needs,
-                                const Counts& counts, const Numbers& items, const Counts& pending,
-                                cce_tests::Adversary adversary, int blocks, uint64_t seed) {
-  cce_tests::VisitPlan plan{visit_layout(shape, needs), vector_of(counts), {}, vector_of(pending)};
+                                const Counts& counts, bool sm90, const Numbers& items, const Counts& pending,
+                                cce_tests::Adversary adversary, int blocks, int slots, uint64_t seed) {
+  cce_tests::VisitPlan plan{visit_layout(shape, needs, sm90), vector_of(counts), {}, vector_of(pending)};
   for (py::ssize_t k = 0; k < items.shape(0); ++k) {
     const int64_t* from = items.data(k, 0);
     cce::VisitItem item;
-    item.tile = static_cast<int>(from[0]);
+    item.strip = static_cast<int>(from[0]);
     item.work = static_cast<cce::VisitWork>(from[1]);
     item.part = static_cast<uint32_t>(from[2]) & 0x1fffffffu;
     item.first_row = static_cast<uint32_t>(from[3]);
@@ -173,7 +188,7 @@ std::string execute_visit_items(const std::array<int64_t, 3>& shape, const std::
     item.needs[1] = static_cast<int>(from[6]);
     plan.items.push_back(item);
   }
-  return cce_tests::VisitExecution(plan).run(adversary, blocks, seed);
+  return cce_tests::VisitExecution(plan).run(adversary, blocks, slots, seed);
 }
 
 // ---- cuBLAS, as its documentation has it: column-major, one call at a time ----
@@ -316,21 +331,23 @@ PYBIND11_MODULE(cce_host_tests, m) {
         py::arg("status") = 0);
   m.def("error_without_cublas", &error_without_cublas);
   m.def("plan_visits", &plan_visits, py::arg("n"), py::arg("d"), py::arg("v"), py::arg("need_e"),
-        py::arg("need_c"), py::arg("need_bias"), py::arg("multiprocessors"), py::arg("shared_bytes"));
+        py::arg("need_c"), py::arg("need_bias"), py::arg("multiprocessors"), py::arg("shared_bytes"),
+        py::arg("major") = 8, py::arg("minor") = 0, py::arg("has_sm90") = false);
   py::enum_<cce_tests::Adversary>(m, "Adversary")
       .value("random", cce_tests::Adversary::kRandom)
       .value("oldest", cce_tests::Adversary::kOldest)
       .value("newest", cce_tests::Adversary::kNewest)
       .value("victim", cce_tests::Adversary::kVictim);
-  m.attr("VISIT_ITEM_FIELDS") = py::make_tuple("tile", "work", "part", "first_row", "gate", "need", "need2");
+  m.attr("VISIT_ITEM_FIELDS") = py::make_tuple("strip", "work", "part", "first_row", "gate", "need", "need2");
   m.attr("VISIT_WORKS") = py::make_tuple("visits", "visits_of_c", "visits_of_e", "grad_c", "round");
   m.attr("kGateOfE") = cce::kGateOfE;
   m.attr("kGateOfRounding") = cce::kGateOfRounding;
   m.attr("kNoGate") = cce::kNoGate;
   m.def("plan_visit_items", &plan_visit_items, py::arg("shape"), py::arg("needs"), py::arg("counts"),
-        py::arg("threads") = 1);
+        py::arg("sm90"), py::arg("threads") = 1);
   m.def("execute_visit_items", &execute_visit_items, py::arg("shape"), py::arg("needs"), py::arg("counts"),
-        py::arg("items"), py::arg("pending"), py::arg("adversary"), py::arg("blocks"), py::arg("seed"));
+        py::arg("sm90"), py::arg("items"), py::arg("pending"), py::arg("adversary"), py::arg("blocks"),
+        py::arg("slots"), py::arg("seed"));
   m.def("swizzled_offset", &cce::swizzled_offset, py::arg("row"), py::arg("chunk"));
   m.def("mask_words", &cce::mask_words, py::arg("n"));
   m.def("slices_per_item", &cce::slices_per_item, py::arg("visits"), py::arg("slices"));

@@ -4,6 +4,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <mutex>
 #include <random>
 #include <sstream>
@@ -96,7 +97,7 @@ inline VisitPlan make_visit_plan(const cce::VisitLayout& layout, const std::vect
   };
   std::vector<int> order;
   std::vector<uint32_t> chunk_begins;
-  garbage(order, layout.tiles);
+  garbage(order, layout.strips);
   garbage(chunk_begins, 2 * (layout.max_chunks + 1));
   garbage(plan.items, layout.max_items);
   garbage(plan.pending, layout.max_gates());
@@ -138,29 +139,41 @@ class VisitExecution {
         pending_(plan.pending),
         ring_(static_cast<size_t>(layout_.ring_rows())),
         grad_c_(static_cast<size_t>(layout_.v) * static_cast<size_t>(layout_.slices)),
-        rounded_(static_cast<size_t>(layout_.n)),
+        rounded_(static_cast<size_t>(layout_.n) * static_cast<size_t>(layout_.slices_of_d())),
         state_(plan.items.size(), State::kListed) {
-    for (const uint32_t count : plan.counts) {
-      added_.emplace_back(count);
-      left_.emplace_back(count);
+    for (int strip = 0; strip < layout_.strips; ++strip) {
+      added_.emplace_back(rows_of(strip));
+      left_.emplace_back(rows_of(strip));
     }
   }
 
-  // Empty, or what went wrong first.
-  std::string run(Adversary adversary, int blocks, uint64_t seed) {
+  // Empty, or what went wrong first. A block holds up to `slots` items and does them in the order in which it
+  // took them: with several, it waits for the second one's gates while it does the first.
+  std::string run(Adversary adversary, int blocks, int slots, uint64_t seed) {
     std::mt19937_64 random(seed);
     const size_t items = plan_.items.size();
     const size_t victim = items == 0 ? 0 : random() % items;
     size_t taken = 0, done = 0;
-    std::vector<size_t> held;
+    std::vector<std::deque<size_t>> held(std::min(items, static_cast<size_t>(blocks)));
     while (done < items && error_.empty()) {
-      // A free block takes the next item at once: what is held can then go on in any order.
-      while (taken < items && held.size() < static_cast<size_t>(blocks)) held.push_back(taken++);
+      // A free slot takes the next item at once: what is held can then go on in any order.
+      for (size_t full = 0; full < static_cast<size_t>(slots); ++full) {
+        for (std::deque<size_t>& own : held) {
+          if (own.size() <= full && taken < items) own.push_back(taken++);
+        }
+      }
       std::vector<size_t> movable;
-      for (const size_t k : held) {
+      for (const std::deque<size_t>& own : held) {
+        if (own.empty()) continue;
+        const size_t k = own.front();
         if (state_[k] == State::kBegun || may_begin(plan_.items[k])) movable.push_back(k);
       }
-      if (movable.empty()) return "hang: no block can go on, with " + describe(held.front());
+      if (movable.empty()) {
+        const auto stuck =
+            std::find_if(held.begin(), held.end(), [](const auto& own) { return !own.empty(); });
+        return "hang: no block can go on, with " + describe(stuck->front());
+      }
+      std::sort(movable.begin(), movable.end());
       const size_t k = choose(movable, adversary, victim, random);
       if (state_[k] == State::kListed) {
         state_[k] = State::kBegun;
@@ -168,7 +181,9 @@ class VisitExecution {
       } else {
         access(k, false);
         finish(plan_.items[k]);
-        held.erase(std::find(held.begin(), held.end(), k));
+        for (std::deque<size_t>& own : held) {
+          if (!own.empty() && own.front() == k) own.pop_front();
+        }
         ++done;
       }
     }
@@ -181,7 +196,7 @@ class VisitExecution {
   enum class Cell : uint8_t { kEmpty, kInUse, kDone };
   struct RingRow {
     Cell cell = Cell::kEmpty;
-    int tile = -1;
+    int strip = -1;
     int64_t visit = -1;
     uint32_t reads = 0;  // items of dC that have yet to read it
   };
@@ -224,8 +239,8 @@ class VisitExecution {
     now_ = k;
     if (item.work == cce::VisitWork::kRound) {
       round(item, begins);
-    } else if (item.tile < 0 || item.tile >= layout_.tiles) {
-      fail("no such tile");
+    } else if (item.strip < 0 || item.strip >= layout_.strips) {
+      fail("no such strip");
     } else if (item.work == cce::VisitWork::kGradC) {
       grad_c(item, begins);
     } else {
@@ -234,44 +249,44 @@ class VisitExecution {
   }
 
   void visit(const cce::VisitItem& item, bool begins) {
-    const auto tile = static_cast<size_t>(item.tile);
-    const cce::VisitRange visits = cce::visits_of(item, plan_.counts[tile]);
+    const auto strip = static_cast<size_t>(item.strip);
+    const cce::VisitRange visits = cce::visits_of(item, rows_of(item.strip));
     if (visits.begin == visits.end) return fail("an item without visits");
     const bool adds = cce::adds_to_e(item.work), leaves = cce::leaves_dz(item.work);
     if (adds && begins && rounds_begun_ > 0) fail("adds to dE, which is being rounded");
     if (adds && !begins) ++adds_done_;
     for (int64_t visit = visits.begin; visit < visits.end; ++visit) {
       const auto rank = static_cast<size_t>(visit);
-      if (adds && begins && ++added_[tile][rank] > 1) fail("a visit is added to dE twice");
+      if (adds && begins && ++added_[strip][rank] > 1) fail("a visit is added to dE twice");
       if (!leaves) continue;
       const size_t row = item.first_row + rank;
       if (row >= ring_.size()) return fail("beyond the ring");
       RingRow& to = ring_[row];
       if (begins) {
         if (to.cell == Cell::kInUse || to.reads > 0) return fail("overwrites a row of the ring in use");
-        if (++left_[tile][rank] > 1) fail("a visit's dz is computed twice");
+        if (++left_[strip][rank] > 1) fail("a visit's dz is computed twice");
         to.cell = Cell::kInUse;
       } else {
-        to = {Cell::kDone, item.tile, visit, cce::items_of_dc(plan_.counts[tile], layout_.slices)};
+        to = {Cell::kDone, item.strip, visit, cce::items_of_dc(rows_of(item.strip), layout_.slices)};
       }
     }
   }
 
   void grad_c(const cce::VisitItem& item, bool begins) {
-    const uint32_t count = plan_.counts[static_cast<size_t>(item.tile)];
+    const uint32_t count = rows_of(item.strip);
     for (uint32_t visit = 0; visit < count; ++visit) {
       const size_t row = item.first_row + visit;
       if (row >= ring_.size()) return fail("beyond the ring");
       RingRow& from = ring_[row];
-      if (from.cell != Cell::kDone || from.tile != item.tile || from.visit != visit) {
+      if (from.cell != Cell::kDone || from.strip != item.strip || from.visit != visit) {
         return fail("reads dz that is not there");
       }
       if (!begins) --from.reads;
     }
     const cce::VisitRange slices = cce::slices_of(item, count, layout_.slices);
     if (slices.begin == slices.end) return fail("an item without slices");
-    const int64_t first = static_cast<int64_t>(item.tile) * cce::kTileColumns;
-    for (int64_t v = first; v < first + cce::kTileColumns && v < layout_.v; ++v) {
+    const int64_t first = static_cast<int64_t>(item.strip) * layout_.columns;
+    for (int64_t v = first; v < first + layout_.columns && v < layout_.v; ++v) {
       if (begins && !sums_are_gone(v)) return fail("writes dC over sums of dE");
       for (int64_t slice = slices.begin; slice < slices.end; ++slice) {
         Cell& cell = grad_c_[static_cast<size_t>(v * layout_.slices + slice)];
@@ -282,26 +297,38 @@ class VisitExecution {
   }
 
   // Whether nothing of dE lives in row v of dC any more. sums_begin is the first element of a row, and two
-  // rows in 16 bits hold one token's sums.
+  // rows in 16 bits hold one token's sums; before them lie the residual masses, which all rounding reads.
   bool sums_are_gone(int64_t v) const {
     if (!layout_.borrows()) return true;
     const int64_t first = layout_.sums_begin / layout_.d;
-    return v < first || rounded_[static_cast<size_t>((v - first) / 2)] == Cell::kDone;
+    if (v < first) return v < layout_.residual_begin / layout_.d || rounds_done_ == layout_.rounds();
+    const auto slices = static_cast<size_t>(layout_.slices_of_d());
+    const auto own = rounded_.begin() + static_cast<std::ptrdiff_t>((v - first) / 2 * layout_.slices_of_d());
+    return std::count(own, own + static_cast<std::ptrdiff_t>(slices), Cell::kDone) ==
+           static_cast<std::ptrdiff_t>(slices);
   }
 
   void round(const cce::VisitItem& item, bool begins) {
-    const cce::VisitRange tokens = cce::tokens_of(item, layout_.n);
-    if (tokens.begin == tokens.end) return fail("an item without tokens");
+    const cce::RoundedPart part = cce::rounded_by(item, layout_);
+    if (part.tokens.begin == part.tokens.end || part.slices.begin == part.slices.end) {
+      return fail("an item without tokens");
+    }
     if (begins) {
       ++rounds_begun_;
       if (adds_done_ != adds_listed()) fail("rounds dE before its last addition");
+    } else {
+      ++rounds_done_;
     }
-    for (int64_t token = tokens.begin; token < tokens.end; ++token) {
-      Cell& cell = rounded_[static_cast<size_t>(token)];
-      if (cell != (begins ? Cell::kEmpty : Cell::kInUse)) return fail("rounds a token's dE twice");
-      cell = begins ? Cell::kInUse : Cell::kDone;
+    for (int64_t token = part.tokens.begin; token < part.tokens.end; ++token) {
+      for (int64_t slice = part.slices.begin; slice < part.slices.end; ++slice) {
+        Cell& cell = rounded_[static_cast<size_t>(token * layout_.slices_of_d() + slice)];
+        if (cell != (begins ? Cell::kEmpty : Cell::kInUse)) return fail("rounds a token's dE twice");
+        cell = begins ? Cell::kInUse : Cell::kDone;
+      }
     }
   }
+
+  uint32_t rows_of(int strip) const { return layout_.rows_of(plan_.counts.data(), strip); }
 
   int64_t adds_listed() const {
     int64_t adds = 0;
@@ -310,10 +337,10 @@ class VisitExecution {
   }
 
   void check_end() {
-    for (size_t tile = 0; tile < plan_.counts.size(); ++tile) {
-      for (size_t rank = 0; rank < plan_.counts[tile]; ++rank) {
-        if (layout_.need_e && added_[tile][rank] != 1) return fail("a visit is missing in dE");
-        if (layout_.slices > 0 && left_[tile][rank] != 1) return fail("a visit is missing in dC");
+    for (size_t strip = 0; strip < added_.size(); ++strip) {
+      for (size_t rank = 0; rank < added_[strip].size(); ++rank) {
+        if (layout_.need_e && added_[strip][rank] != 1) return fail("a visit is missing in dE");
+        if (layout_.slices > 0 && left_[strip][rank] != 1) return fail("a visit is missing in dC");
       }
     }
     for (const Cell cell : grad_c_) {
@@ -338,7 +365,7 @@ class VisitExecution {
   std::string describe(size_t k) const {
     const cce::VisitItem& item = plan_.items[k];
     std::ostringstream text;
-    text << "item " << k << " (work " << static_cast<unsigned>(item.work) << ", tile " << item.tile
+    text << "item " << k << " (work " << static_cast<unsigned>(item.work) << ", strip " << item.strip
          << ", part " << item.part << ", gate " << item.gate << ", needs " << item.needs[0] << " and "
          << item.needs[1] << ")";
     return text.str();
@@ -349,11 +376,11 @@ class VisitExecution {
   std::vector<uint32_t> pending_;
   std::vector<RingRow> ring_;
   std::vector<Cell> grad_c_;   // [v, slices]
-  std::vector<Cell> rounded_;  // [n]
+  std::vector<Cell> rounded_;  // [n, slices of D]
   std::vector<State> state_;
-  std::vector<std::vector<int>> added_, left_;  // [tiles][visits]
+  std::vector<std::vector<int>> added_, left_;  // [strips][rows]
   int64_t adds_done_ = 0;
-  int rounds_begun_ = 0;
+  int rounds_begun_ = 0, rounds_done_ = 0;
   size_t now_ = 0;
   std::string error_;
 };
