@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .classifier import Classifier, block_logits, row_blocks
+from .classifier import Classifier, block_logits, live_rows, row_blocks
 from .sampling import TILE_COLUMNS, TileShare, num_tiles, tile_masses
 
 
@@ -34,6 +34,7 @@ class ControlVariate:
 
     def __init__(self, classifier: Classifier, e: Tensor, live: Tensor) -> None:
         self.classifier, self.e, self.live = classifier, e, live
+        self.all_live = live_rows(live) is None and live.device.type == "cpu"
         total = torch.zeros(e.shape[1], dtype=classifier.dtype, device=e.device)
         for _, block in self._live_blocks():
             total += block.sum(0)
@@ -86,4 +87,5 @@ class ControlVariate:
     def _live_blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Blocks of tokens and their e, as 0 where they are not live: it may be NaN there, and so would 0 times it."""
         for rows in row_blocks(len(self.e)):
-            yield rows, self.e[rows].to(self.classifier.dtype).masked_fill(~self.live[rows, None], 0.0)
+            e = self.e[rows].to(self.classifier.dtype)
+            yield rows, e if self.all_live else e.masked_fill(~self.live[rows, None], 0.0)
