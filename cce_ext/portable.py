@@ -328,7 +328,7 @@ def _sampled(g: Gradients, live: Tensor, tile_map: Tensor, nll: Tensor, seed: Te
     """
     n, v, device = len(live), len(g.classifier.c), live.device
     label_tile = torch.div(g.targets.long(), TILE_COLUMNS, rounding_mode="floor")
-    group = max(1, block_logits(g.e) // 8 // max(1, n) // CHAIN_TILES) * CHAIN_TILES
+    group = max(1, block_logits(g.e) // 16 // max(1, n) // CHAIN_TILES) * CHAIN_TILES
     rates = log2_visit_rate(eps), even_share(eps, num_tiles(v))
     variate = ControlVariate(g.classifier, g.e, live, g.lse)
     for t0 in range(0, num_tiles(v), group):

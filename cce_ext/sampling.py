@@ -39,13 +39,14 @@ def encode_tiles(log2_mass: Tensor, log2_norm: Tensor) -> Tensor:
 
     The mass is rounded to the nearest code, the norm down. NaN is the highest mass.
     """
-    steps = log2_mass.float() * MASS_STEPS + MASS_OF_ONE
+    steps = log2_mass.float().mul(MASS_STEPS).add_(MASS_OF_ONE)
     # Not by rounding alone: the number below 0.5 plus 0.5 is 1 in fp32.
     mass = (steps + 0.5).floor_().nan_to_num_(nan=MASS_CODES - 1).clamp_(0, MASS_CODES - 1).masked_fill_(steps < 0.5, 0)
-    below = ((mass - MASS_OF_ONE) / MASS_STEPS - log2_norm.float()) * NORM_STEPS
-    norm = below.ceil_().nan_to_num_(nan=0.0).clamp_(0, NORM_CODES - 1)
-    code = (mass * NORM_CODES + norm).masked_fill_(mass == 0, 0).to(torch.int32)
-    return ((code ^ 0x8000) - 0x8000).to(torch.int16)
+    below = (mass - MASS_OF_ONE).div_(MASS_STEPS).sub_(log2_norm.float()).mul_(NORM_STEPS)
+    norm = below.ceil_().nan_to_num_(nan=0.0).clamp_(0, NORM_CODES - 1).masked_fill_(mass == 0, 0)
+    code = mass.mul_(NORM_CODES).add_(norm)
+    # The same 16 bits with a sign.
+    return torch.where(code < 2**15, code, code.sub(2**16), out=norm).to(torch.int16)
 
 
 class TileShare(NamedTuple):

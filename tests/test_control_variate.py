@@ -138,6 +138,14 @@ def test_rows_of_tokens_that_do_not_count_may_be_nan(dtype, device):
     assert (got[0][none] == 0).all() and (got[0][5] == 0).all()
 
 
+def test_rows_of_c_that_are_nan_stay_away_from_tokens_that_do_not_count(device):
+    p = peaked(60, 24, 3000, device=device, ignored=0.3)
+    p.c[700] = float("nan")
+    of_e = backward(p, forward(p))[0]
+    none = p.targets == -100
+    assert (of_e[none] == 0).all() and of_e[~none].isnan().all()
+
+
 def test_nothing_counts(device):
     p = peaked(20, 24, 3000, device=device, bias=True, ignored=1.0)
     p.e.fill_(float("nan"))
