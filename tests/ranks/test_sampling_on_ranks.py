@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from support.problems import Problem, oracle, peaked, upstream
-from support.sharded import R, S, all_differ, rows_of, run, spiked
+from support.sharded import R, S, all_differ, rows_of, run, spiked, visits_alone
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -33,22 +33,25 @@ def test_the_sampled_gradient_is_unbiased():
     for draws, expected in zip(sampled(p, 240, filter_eps=2.0**-3), exact, strict=True):
         noise = (draws - draws.mean(0)).square().sum().div(len(draws) - 1).sqrt().item()
         bias = (draws.mean(0) - expected).norm().item()
-        assert noise > 0.02 * expected.norm()
+        assert noise > 0.005 * expected.norm()
         # A few directions have most of the noise, so that the mean's error is not always near its expectation.
         assert bias < 2 * noise / len(draws) ** 0.5
 
 
 def test_ranks_draw_of_their_own(ranks):
     """Shards that are alike, ranks that are seeded alike. A token's visits are the group's, not each rank's."""
-    p = spiked(3, 16384 * ranks)
+    p = spiked(3, 32768 * ranks)
     options = VocabParallelOptions.from_vocab(len(p.c))
-    assert all_differ(run(p, options, upstream(p), filter_eps=2.0**-4)[2][1]) < 1.4 * 3 * 15
+    with visits_alone():
+        d_c = run(p, options, upstream(p), filter_eps=2.0**-4)[2][1]
+    assert all_differ(d_c) < 1.4 * 3 * 15
 
 
 def test_ranks_of_other_tokens_draw_of_their_own(mesh):
     """The same tokens on all ranks, seeded alike."""
-    p = spiked(3, 4096)
+    p = spiked(3, 8192)
     e, targets = (DTensor.from_local(x, mesh, [S(0)]) for x in (p.e, p.targets))
     c = distribute_tensor(p.c, mesh, [R]).requires_grad_()
-    (d_c,) = torch.autograd.grad(linear_cross_entropy(e, c, targets, filter_eps=2.0**-4), c)
+    with visits_alone():
+        (d_c,) = torch.autograd.grad(linear_cross_entropy(e, c, targets, filter_eps=2.0**-4), c)
     assert all_differ(d_c.to_local()) > 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -13,8 +15,9 @@ if not dist.is_available() or not dist.is_gloo_available():
 
 from torch.distributed.tensor import Replicate, Shard
 
-from cce_ext import linear_cross_entropy
+from cce_ext import linear_cross_entropy, portable
 from cce_ext.distributed import VocabParallelOptions
+from cce_ext.sampling import TILE_COLUMNS
 from support.problems import Problem, gradients, oracle, peaked, upstream
 
 EXACT = ["cce_exact", "reference"]
@@ -83,15 +86,24 @@ def spiked(n: int, v: int) -> Problem:
     """All of the probability is one column's of each tile, the same in each. All labels are in the first tile."""
     p = peaked(n, 8, v)
     c = torch.full_like(p.c, -8.0)
-    c[::128] = 0.0
+    c[::TILE_COLUMNS] = 0.0
     return replace(p, e=torch.ones_like(p.e), c=c, targets=p.targets % 100)
+
+
+@contextmanager
+def visits_alone() -> Iterator[None]:
+    """No control variate, which here would have all of what is not visited."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(portable, "remainders", lambda a, live, lse, share, *_: torch.zeros_like(share.log2_mass).to(a))
+        yield
 
 
 def all_differ(d_c: torch.Tensor) -> int:
     """Visited tiles but the first, of the ranks' gradients of as many rows, which must not be the same tiles."""
     others = [torch.empty_like(d_c) for _ in range(dist.get_world_size())]
     dist.all_gather(others, d_c)
-    visited = torch.stack(others)[:, 128:].view(len(others), -1, 128 * d_c.shape[1]).ne(0).any(2)
+    rest = torch.stack(others)[:, TILE_COLUMNS:]
+    visited = rest.reshape(len(others), -1, TILE_COLUMNS * d_c.shape[1]).ne(0).any(2)
     assert visited.any(1).all() and not visited.all(1).any()
     assert len(visited.unique(dim=0)) == len(others)
     return int(visited.sum())
