@@ -19,6 +19,7 @@ from .options import (
     FilterEps,
     LossOptions,
     Options,
+    check_generator,
     check_inputs,
     check_reduction,
     check_shift,
@@ -89,6 +90,7 @@ def linear_cross_entropy(
     impl: str = ...,
     vocab_parallel_options: VocabParallelOptions | None = ...,
     mean_group: dist.ProcessGroup | None = ...,
+    generator: torch.Generator | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -110,6 +112,7 @@ def linear_cross_entropy(
     impl: str = "cce",
     vocab_parallel_options: VocabParallelOptions | None = None,
     mean_group: dist.ProcessGroup | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of the linear classifier e @ c.T + bias, without its logits.
 
@@ -138,6 +141,8 @@ def linear_cross_entropy(
         mean_group: the process group whose ranks have other tokens (data, context parallel). "mean" then divides by the
             tokens that count on a rank of it in the mean, so that the mean of the ranks' losses and gradients, which
             DDP and FSDP take, is that over all tokens. Ranks that are seeded alike draw independently. For "mean" only.
+        generator: of e's device: what a sampled gradient's visits are drawn from. None: PyTorch's own, of which
+            torch.manual_seed sets the state. Under torch.compile it breaks the graph.
 
     e, c, bias and targets may be DTensors of one mesh (docs/distributed.md says which placements): the loss and lse are
     those of the whole tensors, and DTensors as well.
@@ -168,6 +173,7 @@ def linear_cross_entropy(
         impl=impl,
         vocab_parallel_options=vocab_parallel_options,
         mean_group=mean_group,
+        generator=generator,
     )
     loss, lse = _loss_and_lse(e, c, targets, bias, options)
     return (loss, lse) if return_lse else loss
@@ -277,6 +283,7 @@ def _loss_and_lse(
     e, c, bias = autocast_inputs(e, c, bias)
     check_inputs(e, c, targets, bias)
     check_reduction(options.reduction, options.mean_group)
+    check_generator(options.generator, e.device)
     check_softcap(softcap)
     if shard is not None:
         vocab_parallel.check_rows(shard, c, targets)
@@ -310,7 +317,7 @@ def _loss_and_lse(
             # nor those of a mean_group the same of their tokens.
             if options.mean_group is not None:
                 seed_salt ^= dist.get_rank(options.mean_group) << 32
-            seed = torch.randint(_SEEDS, (1,), device=e.device) ^ seed_salt
+            seed = torch.randint(_SEEDS, (1,), generator=options.generator, device=e.device) ^ seed_salt
         forward: Callable[..., Any] = ops.lce_forward
         if shard is not None:
             forward = functools.partial(vocab_parallel.lce_forward, shard)

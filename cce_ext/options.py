@@ -77,10 +77,12 @@ class Options:
     impl: str = "cce"
     vocab_parallel_options: VocabParallelOptions | None = None
     mean_group: dist.ProcessGroup | None = None
+    generator: torch.Generator | None = None
 
     def check(self) -> None:
-        """Raises ValueError for options that no call could take."""
+        """Raises ValueError and TypeError for options that no call could take."""
         check_reduction(self.reduction, self.mean_group)
+        check_generator(self.generator)
         check_softcap(self.softcap)
         if self.impl not in DENSE:
             resolve_method(self, torch.float32)
@@ -102,6 +104,7 @@ class LossOptions(GradientOptions, total=False):
     impl: str
     vocab_parallel_options: VocabParallelOptions | None
     mean_group: dist.ProcessGroup | None
+    generator: torch.Generator | None
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,17 @@ def check_eps(method: str, eps: float, argument: str) -> None:
         raise ValueError(f"{argument}: the sampling eps must be in (0, 0.5], got {eps!r}")
     if method == "threshold" and not 0 < eps < 1:
         raise ValueError(f"{argument}: the threshold must be in (0, 1), got {eps!r}")
+
+
+def check_generator(generator: torch.Generator | None, device: torch.device | None = None) -> None:
+    """Raises TypeError for what is none, ValueError for one of another device."""
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
+    # A CUDA generator without a number is the current device's, and randint checks that.
+    if device is not None and generator.device.type != device.type:
+        raise ValueError(f"generator: expected one of e's device, {device}, got one of {generator.device}")
 
 
 def check_reduction(reduction: str, mean_group: dist.ProcessGroup | None = None) -> None:

@@ -25,7 +25,7 @@ from bench.peers.methods import EPS, METHODS
 from bench.problems import inputs, shapes
 from bench.problems.statistics import statistics
 from bench.report import files, origin, plot, tables
-from bench.studies import backward, overhead, portable
+from bench.studies import backward, overhead, portable, ranks
 from cce_ext import linear_cross_entropy, reference
 from cce_ext.measure import phase_peaks
 
@@ -420,6 +420,7 @@ def test_arguments():
         "bench.studies.distributed predict",
         "bench.studies.overhead",
         "bench.studies.portable",
+        "bench.studies.ranks",
         "bench.checks.sanitize",
     ],
 )
@@ -533,6 +534,26 @@ def test_the_other_benchmarks(tmp_path, monkeypatch, capsys):
         assert result["meta"]["command"].startswith(f"python -m bench.studies.{name} ")
         assert {r["method"] for r in result["rows"]} >= {"cce", "cce_exact"}
     assert "x dense" in capsys.readouterr().out
+
+
+def test_what_it_costs_to_seed_ranks_alike(tmp_path, monkeypatch, capsys):
+    for name, value in {"RANKS": (2, 4), "DATA": ("lm", "uniform with a mean"), "N": 16, "V": 2048}.items():
+        monkeypatch.setattr(ranks, name, value)
+    # That the same draws are seen as such: the same tokens on all ranks.
+    monkeypatch.setattr(ranks, "problem", lambda data, count, device: same_tokens(data, count))
+    file = tmp_path / "ranks.json"
+    monkeypatch.setattr(sys, "argv", ["ranks", "--draws", "12", "--out", str(file)])
+    ranks.main()
+    result = json.loads(file.read_text())
+    assert files.check(result) == "ranks" and len(result["rows"]) == 4
+    for row in result["rows"]:
+        assert 0.6 * row["ranks"] < row["c"] < 1.6 * row["ranks"]
+    assert "shift_of_e" in capsys.readouterr().out
+
+
+def same_tokens(data, count):
+    p = inputs.lm(16, 64, 2048, dtype=torch.float32)
+    return inputs.Problem(p.e.repeat(count, 1), p.c, p.targets.repeat(count))
 
 
 # ---- on a GPU ----

@@ -250,6 +250,19 @@ def test_equal_under_one_manual_seed_and_different_under_another(device):
         assert not torch.equal(a, other)
 
 
+def test_a_generator_of_the_users_own(device):
+    """It decides the draw alone, moves on, and leaves PyTorch's where it was."""
+    p = peaked(100, 12, 3000, device=device)
+    torch.manual_seed(1)
+    untouched = sampled_gradients(p)[0]
+    torch.manual_seed(1)
+    own = torch.Generator(device).manual_seed(7)
+    first, second = sampled_gradients(p, generator=own)[0], sampled_gradients(p, generator=own)[0]
+    assert torch.equal(sampled_gradients(p)[0], untouched)
+    assert torch.equal(sampled_gradients(p, generator=own.manual_seed(7))[0], first)
+    assert not torch.equal(first, second)
+
+
 def test_each_call_draws_anew(device):
     p = peaked(100, 12, 3000, device=device)
     assert not torch.equal(sampled_gradients(p)[0], sampled_gradients(p)[0])

@@ -293,6 +293,7 @@ E, C, T, B = torch.randn(4, 8), torch.randn(20, 8), torch.tensor([0, 1, 2, 3]), 
         ((E, C, T), {"shift": "a"}, TypeError, "shift: expected an integer or a bool, got 'a'"),
         ((E, C, T), {"shift": 4}, ValueError, "shift: expected 0 <= shift < 4, .* got 4"),
         ((E, C, T), {"shift": -1}, ValueError, "shift: .* got -1"),
+        ((E, C, T), {"generator": 3}, TypeError, "generator: expected a torch.Generator or None, got int"),
     ],
 )
 def test_mistakes_name_the_argument(impl, args, options, exception, message):

@@ -38,7 +38,7 @@ _TORCH_VERSION_ROW = {
 
 
 def check(result: dict[str, Any]) -> str:
-    """What a results file is of: bench, backward, distributed, ladder, portable, overhead, study, torch or train.
+    """What a results file is of: bench, backward, distributed, ladder, portable, overhead, ranks, study, torch, train.
 
     Raises ValueError if it is of none.
     """
@@ -75,6 +75,12 @@ def check(result: dict[str, Any]) -> str:
         for row in rows:
             _require(set(row) in _BACKWARD_ROWS, f"a backward row has {sorted(row)}")
         return "backward"
+    if "shift_of_e" in rows[0]:
+        for row in rows:
+            _require(set(row) == {"data", "ranks", "c", "shift_of_e"}, f"a row of ranks has {sorted(row)}")
+            positive = all(isinstance(row[of], float) and row[of] > 0 for of in ("c", "shift_of_e"))
+            _require(positive, f"row of {row['ranks']} ranks, {row['data']}: a ratio of variances that is none")
+        return "ranks"
     if "ranks" in rows[0]:
         for row in rows:
             _require(set(row) == _DISTRIBUTED_ROW, f"a distributed row has {sorted(row)}")

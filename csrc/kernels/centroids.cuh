@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kCentroidThreads)
     // Compute
     for (int row = warp; row < count; row += kCentroidWarps) {
       float z = 0.0f;
-#pragma unroll 4
+#pragma unroll 2
       for (int chunk = lane; chunk < chunks; chunk += kWarpLanes) {
         const auto mean = load_chunk(a.mean, chunk);
         const auto values = load_chunk(from + row * stride, chunk);
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kCentroidThreads)
   }
 
   // Finish
-  const float inverse = total > 0.0f ? 1.0f / total : 0.0f;
+  const float inverse = total > 0.0f ? ptx::reciprocal_approx(total) : 0.0f;
   static_assert(kCentroidThreads == kTileColumns, "a thread a column");
   const bool weighs = thread < rows && inverse != 0.0f;
   const float weight = weighs ? ptx::exp2_approx(logits[thread] - highest) * inverse : 0.0f;

@@ -5,6 +5,7 @@
 #include "kernels/finish_logits.cuh"
 #include "kernels/logits_sm80.cuh"
 #include "kernels/lse.cuh"
+#include "ptx/sync.cuh"
 
 namespace cce {
 
@@ -22,7 +23,7 @@ class LseEpilogue {
       : a_(a), running_(reinterpret_cast<MaxSum*>(state)) {}
 
   __device__ __forceinline__ void begin(const LogitsUnit&) {
-    if (has_row()) running_[threadIdx.x] = MaxSum::none();
+    if (has_row()) running_[ptx::thread_number()] = MaxSum::none();
   }
 
   template <typename Sums>
@@ -37,10 +38,11 @@ class LseEpilogue {
     // A thread takes one row, of which each of four warps has a part.
     static_assert(kLogitsColumns == kTileColumns, "a block is a vocab tile");
     if (!has_row()) return;
-    TileSums tile = exchange[threadIdx.x];
+    TileSums tile = exchange[ptx::thread_number()];
 #pragma unroll
-    for (int other = 1; other < kLogitsWarpsN; ++other) tile.add(exchange[other * kLogitsRows + threadIdx.x]);
-    running_[threadIdx.x].add(tile.max_sum());
+    for (int other = 1; other < kLogitsWarpsN; ++other)
+      tile.add(exchange[other * kLogitsRows + ptx::thread_number()]);
+    running_[ptx::thread_number()].add(tile.max_sum());
     const int row = own_row(unit);
     if (a_.tile_map != nullptr && row < a_.n) {
       a_.tile_map[static_cast<int64_t>(column_block) * a_.n + row] = tile.code(a_.label_logits[row]);
@@ -50,7 +52,7 @@ class LseEpilogue {
   __device__ __forceinline__ void finish(const LogitsUnit& unit) {
     const int row = own_row(unit);
     if (has_row() && row < a_.n) {
-      a_.partial_lse[static_cast<int64_t>(unit.split) * a_.n + row] = running_[threadIdx.x].lse();
+      a_.partial_lse[static_cast<int64_t>(unit.split) * a_.n + row] = running_[ptx::thread_number()].lse();
     }
     __syncthreads();
   }
@@ -89,17 +91,13 @@ class LseEpilogue {
   }
 
   // Where the thread and its warp are, computed where it is wanted: the product takes all registers.
-  __device__ __forceinline__ static int lane() { return static_cast<int>(threadIdx.x) % kWarpLanes; }
-  __device__ __forceinline__ static int warp_m() {
-    return static_cast<int>(threadIdx.x) / kWarpLanes / kLogitsWarpsN;
-  }
-  __device__ __forceinline__ static int warp_n() {
-    return static_cast<int>(threadIdx.x) / kWarpLanes % kLogitsWarpsN;
-  }
+  __device__ __forceinline__ static int lane() { return ptx::thread_number() % kWarpLanes; }
+  __device__ __forceinline__ static int warp_m() { return ptx::thread_number() / kWarpLanes / kLogitsWarpsN; }
+  __device__ __forceinline__ static int warp_n() { return ptx::thread_number() / kWarpLanes % kLogitsWarpsN; }
   // Whether the thread finishes a row of the block, and which.
-  __device__ __forceinline__ static bool has_row() { return threadIdx.x < kLogitsRows; }
+  __device__ __forceinline__ static bool has_row() { return ptx::thread_number() < kLogitsRows; }
   __device__ __forceinline__ static int own_row(const LogitsUnit& unit) {
-    return unit.row_block * kLogitsRows + static_cast<int>(threadIdx.x);
+    return unit.row_block * kLogitsRows + ptx::thread_number();
   }
 
   const Arguments& a_;
