@@ -73,7 +73,8 @@ def cce_patch(
         reduction: "mean" as in Transformers: the sum over num_items_in_batch where the Trainer gives it, else the mean
             over the tokens that count (NaN if there are none). "sum", and "none", which is [B, T - 1], or has
             shift_labels' shape, take no notice of num_items_in_batch.
-        train_only: a model in eval mode computes logits and its own loss.
+        train_only: a model in eval mode computes logits and its own loss. The Trainer's compute_metrics needs them:
+            otherwise it is given an empty tuple.
 
     Returns: the model, None for a type or a config.
 
