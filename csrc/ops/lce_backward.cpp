@@ -41,15 +41,8 @@ LceBackwardParams only(LceBackwardParams params, const Sides& sides) {
 }
 
 // All but e's gradient, which is left in params.sum_e. threshold: the filter's, or 0 for none.
-void exact(LceBackwardParams params, double threshold, const Tensor& e_in, const Tensor& c_in,
-           const CudaScope& scope) {
-  // cuBLAS takes no rows that overlap.
-  const Tensor e = with_separate_rows(e_in), c = with_separate_rows(c_in);
-  LossInputs& in = params.in;
-  in.e = e.const_data_ptr();
-  in.c = c.const_data_ptr();
-  in.e_row_stride = e.stride(0);
-  in.c_row_stride = c.stride(0);
+void exact(const LceBackwardParams& params, double threshold, const Tensor& e, const CudaScope& scope) {
+  const LossInputs& in = params.in;
   const bool products = params.sum_e != nullptr || params.grad_c != nullptr;
   const std::optional<Blas> blas = products ? std::optional<Blas>(current_blas()) : std::nullopt;
   const ExactPlan plan =
@@ -66,14 +59,8 @@ void round_gradient(const LceBackwardParams& params, const Tensor& e, const Cuda
 }
 
 void visits(LceBackwardParams params, const Tensor& tile_map, const int64_t* seed, double eps,
-            const Tensor& e_in, const Tensor& c_in, const CudaScope& scope) {
-  // cuBLAS takes no rows that overlap.
-  const Tensor e = with_separate_rows(e_in), c = with_separate_rows(c_in);
-  LossInputs& in = params.in;
-  in.e = e.const_data_ptr();
-  in.c = c.const_data_ptr();
-  in.e_row_stride = e.stride(0);
-  in.c_row_stride = c.stride(0);
+            const Tensor& e, const CudaScope& scope) {
+  const LossInputs& in = params.in;
   const bool need_e = params.grad_e != nullptr, need_c = params.grad_c != nullptr,
              need_bias = params.grad_bias != nullptr;
   VisitsPlan plan = plan_visits(in, need_e, need_c, need_bias, device_limits(kOp, e));
@@ -176,8 +163,9 @@ std::tuple<Tensor, Tensor, Tensor> lce_backward(
 
   const Sides need = {need_e, need_c, need_bias && bias.has_value()};
   const CudaScope scope(e_in);
-  const Tensor e = with_vector_rows(e_in);
-  const Tensor c = with_vector_rows(c_in);
+  // cuBLAS takes no rows that overlap.
+  const Tensor e = with_separate_rows(with_vector_rows(e_in));
+  const Tensor c = with_separate_rows(with_vector_rows(c_in));
   const int64_t width = e.size(1);
   // Without tokens, or without a vocabulary, as a shard may be.
   const bool nothing = n == 0 || v == 0;
@@ -221,8 +209,8 @@ std::tuple<Tensor, Tensor, Tensor> lce_backward(
     const bool part_e = !exactly && filter_e, part_c = !exactly && filter_c;
     const Sides whole = {need.e && !part_e, need.c && !part_c, need.bias && !part_c};
     const Sides part = {need.e && part_e, need.c && part_c, need.bias && part_c};
-    if (whole.any()) exact(only(params, whole), 0.0, e, c, scope);
-    if (part.any() && threshold) exact(only(params, part), eps, e, c, scope);
+    if (whole.any()) exact(only(params, whole), 0.0, e, scope);
+    if (part.any() && threshold) exact(only(params, part), eps, e, scope);
     if (need.e) {
       grad_e = gradient(true, {n, width});
       params.grad_e = grad_e.mutable_data_ptr();
@@ -230,7 +218,7 @@ std::tuple<Tensor, Tensor, Tensor> lce_backward(
     }
     if (part.any() && sampled) {
       const auto* drawn = static_cast<const int64_t*>(seed->const_data_ptr());
-      visits(only(params, part), tile_map, drawn, eps, e, c, scope);
+      visits(only(params, part), tile_map, drawn, eps, e, scope);
     }
   }
   return {unpadded(grad_e, d), unpadded(grad_c, d), grad_bias};
