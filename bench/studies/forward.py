@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from cce_ext.ops import ops
+
 from .. import arguments
 from ..measure.timing import milliseconds
 from ..problems import shapes
@@ -33,7 +35,7 @@ def measure(shape: shapes.Shape, repeats: int, variant: str) -> dict[str, object
     flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
     calls = {
         "mm": lambda: torch.mm(p.e, p.c.T, out=logits),
-        "cce": lambda: torch.ops.cce.lce_forward(p.e, p.c, None, p.targets, None),
+        "cce": lambda: ops.lce_forward(p.e, p.c, None, p.targets, None),
     }
     for call in calls.values():
         call(), call()
