@@ -176,6 +176,9 @@ def test_visits_have_room(host, gpu, shape, capability):
     assert plan["centroids"] == 1
     assert plan["capacity"] >= padded and plan["buffer"] == plan["capacity"] + padded
     assert plan["max_chunks"] * plan["capacity"] >= strips * padded
+    # However few the tokens, a chunk has strips for all multiprocessors; but no rows that there cannot be.
+    assert plan["capacity"] >= min((1 << 21) // plan["columns"], strips * padded)
+    assert plan["capacity"] <= max(strips * padded, -(-384 * n // 256))
     slices = -(-d // 128)
     most = sum(-(-slices // host.slices_per_item(visits, slices)) for visits in [rows] * strips)
     lenders = strips - plan["first_borrowed"]

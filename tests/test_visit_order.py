@@ -26,6 +26,7 @@ class Case:
     needs: tuple[bool, bool, bool]  # gradients of e, c, bias
     counts: np.ndarray  # of each vocab tile's visits
     sm90: bool = False
+    chunk_rows: int = 0  # the least of a chunk: few, so that there are many; -1: as the kernel has it
 
     @property
     def borrows(self) -> bool:
@@ -81,7 +82,7 @@ def cases(draw) -> Case:
     )
     d = draw(st.sampled_from([8, 128, 136, 520]))
     counts = counts_of(draw(st.sampled_from(PATTERNS)), n, -(-v // TILE), draw(st.integers(0, 2**32)))
-    return Case((n, d, v), draw(st.sampled_from(NEEDS)), counts, draw(st.booleans()))
+    return Case((n, d, v), draw(st.sampled_from(NEEDS)), counts, draw(st.booleans()), draw(st.sampled_from([0, 0, 0, -1])))
 
 
 def faults(host, case: Case, items, pending, seed: int) -> set[str]:
@@ -95,7 +96,7 @@ def faults(host, case: Case, items, pending, seed: int) -> set[str]:
     for adversary, blocks in ways:
         # One item at a time, and another that is waited for meanwhile.
         for slots in (1, 2) if blocks < everyone else (1,):
-            inputs = (case.shape, case.needs, case.counts, case.sm90, items, pending)
+            inputs = (case.shape, case.needs, case.counts, case.sm90, case.chunk_rows, items, pending)
             error = host.execute_visit_items(*inputs, adversary, blocks, slots, int(rng.integers(2**63)))
             found.add(error.split(":")[0])
     return found - {""}
@@ -123,7 +124,7 @@ FLAT = [flat_with_a_gap(sm90) for sm90 in (False, True)]
 @example(case=FLAT[0], threads=1, seed=0)
 @example(case=FLAT[1], threads=1, seed=0)
 def test_whatever_order_the_gates_allow_is_right(host, case, threads, seed):
-    items, pending = host.plan_visit_items(case.shape, case.needs, case.counts, case.sm90, threads)
+    items, pending = host.plan_visit_items(case.shape, case.needs, case.counts, case.sm90, case.chunk_rows, threads)
     assert not faults(host, case, items, pending, seed)
 
 
@@ -131,9 +132,9 @@ def test_threads_change_nothing_but_the_order_of_equals(host):
     """The plan is one block of 512 threads on the GPU; here fewer, with shares of every size."""
     for seed, pattern in enumerate(PATTERNS):
         case = Case((200, 136, 10000), NEEDS[0], counts_of(pattern, 200, 40, seed), seed % 2 == 0)
-        alone, pending = host.plan_visit_items(case.shape, case.needs, case.counts, case.sm90)
+        alone, pending = host.plan_visit_items(case.shape, case.needs, case.counts, case.sm90, case.chunk_rows)
         for threads in (2, 7, 39, 40, 41, 64):
-            items, other = host.plan_visit_items(case.shape, case.needs, case.counts, case.sm90, threads)
+            items, other = host.plan_visit_items(case.shape, case.needs, case.counts, case.sm90, case.chunk_rows, threads)
             assert len(items) == len(alone) and pending.sum() == other.sum()
             assert not faults(host, case, items, other, seed)
 
@@ -146,8 +147,8 @@ class Broken:
 
     def __init__(self, host, case: Case):
         self.host, self.case = host, case
-        self.items, self.pending = host.plan_visit_items(case.shape, case.needs, case.counts, case.sm90)
-        self.layout = host.plan_visits(*case.shape, *case.needs, 4, 227 << 10, 9 if case.sm90 else 8, 0, case.sm90)
+        self.items, self.pending = host.plan_visit_items(case.shape, case.needs, case.counts, case.sm90, case.chunk_rows)
+        self.buffer = host.visit_buffer(case.shape, case.needs, case.sm90, case.chunk_rows)
 
     def column(self, name: str) -> int:
         return self.host.VISIT_ITEM_FIELDS.index(name)
@@ -191,7 +192,7 @@ def additions_do_not_count(plan: Broken) -> None:
 
 
 def two_buffers_instead_of_three(plan: Broken) -> None:
-    first_row, buffer = plan.column("first_row"), plan.layout["buffer"]
+    first_row, buffer = plan.column("first_row"), plan.buffer
     third = plan.items[:, first_row] >= 2 * buffer
     plan.change(third, "first_row", plan.items[third, first_row] - 2 * buffer)
 

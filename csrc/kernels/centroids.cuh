@@ -49,14 +49,20 @@ __global__ void __launch_bounds__(kMeanThreads)
   const int64_t n = a.e.count;
   const int64_t begin = n * blockIdx.y / kMeanSplits, end = n * (blockIdx.y + 1) / kMeanSplits;
   float sums[kChunkElements] = {};
-#pragma unroll 4
-  for (int64_t token = begin + warp; token < end; token += kWarps) {
-    // What the row of a token that does not count holds may be anything.
-    if (column >= a.d || !in_mean(a.rows[token])) continue;
-    using Chunk = Vector<Element, kChunkElements>;
-    const Chunk chunk = Chunk::load(a.e.data + token * a.e.stride + column);
+  // Lanes ask for 32 tokens at once which of them count, so that the loads of their rows can overlap.
+  for (int64_t token0 = begin + warp; token0 < end; token0 += kWarps * kWarpLanes) {
+    const int64_t asked = token0 + lane * kWarps;
+    const uint32_t counts = __ballot_sync(0xffffffffu, asked < end && in_mean(a.rows[asked]));
+    if (column >= a.d) continue;
+#pragma unroll 8
+    for (int k = 0; k < kWarpLanes; ++k) {
+      // What the row of a token that does not count holds may be anything.
+      if ((counts >> k & 1) == 0) continue;
+      using Chunk = Vector<Element, kChunkElements>;
+      const Chunk chunk = Chunk::load(a.e.data + (token0 + k * kWarps) * a.e.stride + column);
 #pragma unroll
-    for (int k = 0; k < kChunkElements; ++k) sums[k] += widen<float>(chunk.values[k]);
+      for (int c = 0; c < kChunkElements; ++c) sums[c] += widen<float>(chunk.values[c]);
+    }
   }
 #pragma unroll
   for (int k = 0; k < kChunkElements; ++k) partial[warp][lane * kChunkElements + k] = sums[k];

@@ -23,17 +23,21 @@ constexpr int kFinishRows = 256;
 // Buffers of the ring that the chunks' dz take in turns. With three the dz of a chunk is done while that of
 // the next is computed, before its dC is wanted.
 constexpr int kVisitBuffers = 3;
-// A chunk holds so many entries of dz a token: about an item for each multiprocessor at 8192 tokens.
+// A chunk holds so many entries of dz a token, about an item for each multiprocessor at 8192 tokens, and no
+// fewer than this, 4 MB of them. Of what few tokens visit, a strip has some 16 rows.
 constexpr int kChunkEntriesPerToken = 384;
+constexpr int kLeastChunkEntries = 1 << 21;
 // dE's sums are borrowed from dC where they take one row in so many of it, whose logits are computed twice.
 constexpr int kLeastLenders = 6;
 
 // How a kernel takes the vocabulary: strips of columns, each a whole number of them to a vocab tile; what its
-// dz in the ring begin at multiples of; and whether it finds the tiles' centroids along with the visits, from
-// a row for the mean token, in which case it multiplies them with the residual masses when dE ends.
+// dz in the ring begin at multiples of; the rows that a chunk has at least, however few the tokens, so that
+// there is a strip for each multiprocessor; and whether it finds the tiles' centroids along with the visits,
+// from a row for the mean token, in which case it multiplies them with the residual masses when dE ends.
 struct VisitShape {
   int columns;
   int ring_rows;
+  int chunk_rows;
   bool finds_centroids;
 };
 
@@ -149,8 +153,11 @@ inline VisitLayout visit_layout(int64_t n, int64_t d, int64_t v, bool need_e, bo
     layout.first_borrowed = static_cast<int>((v - lent) / shape.columns);
   }
   const uint32_t most = layout.padded(static_cast<uint32_t>(n + layout.centroids));
-  const auto chunk = static_cast<uint32_t>(ceil_div(kChunkEntriesPerToken * n, shape.columns));
-  layout.capacity = layout.padded(chunk < most ? most : chunk);
+  int64_t chunk = ceil_div(kChunkEntriesPerToken * n, shape.columns);
+  if (chunk < shape.chunk_rows) chunk = shape.chunk_rows;
+  // No more than all strips can have, and no less than one can.
+  if (chunk > strips * most) chunk = strips * most;
+  layout.capacity = layout.padded(chunk < most ? most : static_cast<uint32_t>(chunk));
   layout.buffer = layout.capacity + most;
   // The strips that lend begin a chunk of their own.
   layout.max_chunks = strips * most / layout.capacity + 2;

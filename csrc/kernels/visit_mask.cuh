@@ -42,27 +42,27 @@ __device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t x, int lane) {
 }
 
 // Finds the visits and the residual masses, a m (1 - w) with w = visited / q: what the control variate gives
-// the centroid of a tile, so that its expectation is 0. A warp takes a cell of 128 tokens by 32 tiles: see
+// the centroid of a tile, so that its expectation is 0. A block takes a cell of 128 tokens by 32 tiles: see
 // tile/sampling.h. The grid is a line of blocks, tokens before tiles: its other dimensions end at 65535.
 template <typename Element>
 __global__ void __launch_bounds__(kMaskThreads)
     visit_mask_kernel(const __grid_constant__ VisitMaskArguments<Element> a) {
   constexpr int kWords = kChainTokens / kMaskBits;
+  __shared__ uint32_t chain_parts[kMaskWarps][kChainTokens];
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
-  const unsigned token_blocks = static_cast<unsigned>(a.n + kMaskTokens - 1) / kMaskTokens;
-  const int block = static_cast<int>(blockIdx.x % token_blocks) * (kMaskThreads / kWarpLanes) +
-                    static_cast<int>(threadIdx.x) / kWarpLanes;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpLanes;
+  const unsigned token_blocks = static_cast<unsigned>(a.n + kChainTokens - 1) / kChainTokens;
+  const int block = static_cast<int>(blockIdx.x % token_blocks);
   const int first = block * kChainTokens;
-  if (first >= a.n) return;
   const int64_t seed = *a.seed;
   const GradientScale<Element> scale(*a.largest);
-  const int begin = static_cast<int>(blockIdx.x / token_blocks) * kChainTiles;
-  const int end = min(begin + kChainTiles, a.tiles);
+  const int first_of_cell = static_cast<int>(blockIdx.x / token_blocks) * kChainTiles;
+  const int begin = first_of_cell + warp * kMaskTiles;
+  const int end = min(begin + kMaskTiles, a.tiles);
   // A lane's tokens are 32 apart, so that a ballot is a word.
   bool live[kWords];
   float log2_reference[kWords], weight[kWords], lse[kWords];
   int label_tile[kWords];
-  uint32_t chain[kWords];
 #pragma unroll
   for (int k = 0; k < kWords; ++k) {
     const int token = first + k * kMaskBits + lane;
@@ -73,20 +73,48 @@ __global__ void __launch_bounds__(kMaskThreads)
     weight[k] = row.a * scale.factor;
     lse[k] = row.lse2 * kLn2;
     label_tile[k] = row.label < 0 ? -1 : row.label / kTileColumns;
-    chain[k] = token_chain(row_key(seed, static_cast<uint32_t>(token)), begin);
   }
-  static_assert(kChainTiles == kWarpLanes, "a lane for each tile's chain");
-  const uint32_t tile_chains = tile_chain(seed, begin + lane, block);
-  const int words = mask_words(a.n);
   // Fetched a tile ahead.
   uint16_t next[kWords];
   const auto fetch = [&](int tile) {
 #pragma unroll
     for (int k = 0; k < kWords; ++k) {
-      const bool inside = tile < end && first + k * kMaskBits + lane < a.n;
+      const bool inside = tile < end && live[k];
       next[k] = inside ? a.tile_map[static_cast<int64_t>(tile) * a.n + first + k * kMaskBits + lane] : 0;
     }
   };
+  // The tile's share of a token's p; in the label's tile all is certain, and there is nothing to make up for.
+  const auto drawn = [&](int k, int tile) { return live[k] && tile != label_tile[k]; };
+
+  // A token's chain runs through the tiles of all warps: each begins with what the ones before it add.
+  uint32_t chain[kWords] = {};
+  const int first_in_chains = begin + (chain_of_token(block, begin) ? 0 : 1);
+  fetch(first_in_chains);
+  for (int tile = first_in_chains; tile < end; tile += 2) {
+    uint16_t code[kWords];
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) code[k] = next[k];
+    fetch(tile + 2);
+#pragma unroll
+    for (int k = 0; k < kWords; ++k) {
+      if (drawn(k, tile)) {
+        chain[k] += visit_step(a.rate.probability(decode_tile(code[k], log2_reference[k])));
+      }
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < kWords; ++k) chain_parts[warp][k * kMaskBits + lane] = chain[k];
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < kWords; ++k) {
+    const int token = first + k * kMaskBits + lane;
+    chain[k] = token_chain(row_key(seed, static_cast<uint32_t>(token)), first_of_cell);
+    for (int other = 0; other < warp; ++other) chain[k] += chain_parts[other][k * kMaskBits + lane];
+  }
+  static_assert(kMaskTiles <= kWarpLanes, "a lane for each tile's chain");
+  const uint32_t tile_chains = tile_chain(seed, begin + lane, block);
+
+  const int words = mask_words(a.n);
   fetch(begin);
   for (int tile = begin; tile < end; ++tile) {
     uint16_t code[kWords];
@@ -98,10 +126,9 @@ __global__ void __launch_bounds__(kMaskThreads)
     float q[kWords], mass[kWords];
 #pragma unroll
     for (int k = 0; k < kWords; ++k) {
-      // In the label's tile there is nothing to make up for.
       q[k] = 1.0f;
       mass[k] = 0.0f;
-      if (live[k] && tile != label_tile[k]) {
+      if (drawn(k, tile)) {
         const TileShare share = decode_tile(code[k], log2_reference[k]);
         q[k] = a.rate.probability(share);
         mass[k] = tile_mass(share) * slope_of_tile(share, lse[k], a.softcap);

@@ -13,9 +13,10 @@ namespace cce {
 
 // ---- Which (token, vocab tile) pairs are visited: a bit each ----
 
-// A block of eight warps looks at 1024 tokens by 32 tiles, a warp at one cell of chains.
-constexpr int kMaskThreads = 256;
-constexpr int kMaskTokens = kMaskThreads / kWarpLanes * kChainTokens;
+// A block looks at a cell of chains, 128 tokens by 32 tiles, a warp at all tokens of eight tiles.
+constexpr int kMaskWarps = 4;
+constexpr int kMaskThreads = kMaskWarps * kWarpLanes;
+constexpr int kMaskTiles = kChainTiles / kMaskWarps;
 constexpr int kMaskBits = 32;
 
 // 32-bit words of one tile's bits.
@@ -27,7 +28,7 @@ CCE_HOST_DEVICE constexpr int mask_words(int n) {
 
 // Half a vocab tile at a time, so that two stages and dz fit the smallest shared memory.
 constexpr int kVisitColumns = 128;
-constexpr VisitShape kVisitShape = {kVisitColumns, 1, false};
+constexpr VisitShape kVisitShape = {kVisitColumns, 1, kLeastChunkEntries / kVisitColumns, false};
 
 constexpr int kVisitWarpsM = 2;
 constexpr int kVisitWarpsN = 4;

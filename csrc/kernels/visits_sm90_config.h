@@ -10,7 +10,7 @@ namespace cce {
 // The visits on wgmma: a strip is a whole vocab tile. The ring of stages is the forward's: 128 rows of E and
 // 256 of C, 64 of D; for dC its halves are 64 visits of dz and the same tokens' rows in 128 of D.
 struct VisitsSm90 {
-  static constexpr VisitShape kShape = {kTileColumns, 16, true};
+  static constexpr VisitShape kShape = {kTileColumns, 16, kLeastChunkEntries / kTileColumns, true};
   // Columns of D that a stage of dE has.
   static constexpr int kSlice = kRowElements;
   // Roles: two warpgroups of consumers, then three warps that load and one that looks for work ahead of all.

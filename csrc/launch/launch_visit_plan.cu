@@ -65,8 +65,8 @@ cudaError_t find_visits(const LceBackwardParams& p, const VisitsScratch& scratch
   m.counts = static_cast<uint32_t*>(scratch.counts);
   m.residual = visit_residual<Element>(p, scratch, plan.layout);
   m.residual_stride = plan.layout.residual_stride;
-  // A block writes 4 KB of the mask: 2^31 blocks would be 8 TB of it.
-  const int64_t mask_blocks = ceil_div(plan.layout.n, kMaskTokens) * ceil_div(plan.tiles, kChainTiles);
+  // A block writes 512 bytes of the mask: 2^31 blocks would be 1 TB of it.
+  const int64_t mask_blocks = ceil_div(plan.layout.n, kChainTokens) * ceil_div(plan.tiles, kChainTiles);
   visit_mask_kernel<Element><<<static_cast<unsigned>(mask_blocks), kMaskThreads, 0, on>>>(m);
 
   VisitPlanArguments s;

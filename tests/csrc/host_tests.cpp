@@ -144,10 +144,18 @@ using Numbers = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
 using Counts = py::array_t<uint32_t, py::array::c_style | py::array::forcecast>;
 constexpr int kItemFields = 7;
 
+// chunk_rows: the least of a chunk, so that small problems have many; -1: the kernel's.
 cce::VisitLayout visit_layout(const std::array<int64_t, 3>& shape, const std::array<bool, 3>& needs,
-                              bool sm90) {
-  return cce::visit_layout(shape[0], shape[1], shape[2], needs[0], needs[1], needs[2],
-                           sm90 ? cce::VisitsSm90::kShape : cce::kVisitShape);
+                              bool sm90, int chunk_rows) {
+  cce::VisitShape kernel = sm90 ? cce::VisitsSm90::kShape : cce::kVisitShape;
+  if (chunk_rows >= 0) kernel.chunk_rows = chunk_rows;
+  return cce::visit_layout(shape[0], shape[1], shape[2], needs[0], needs[1], needs[2], kernel);
+}
+
+// Rows of one of the ring's buffers.
+uint32_t visit_buffer(const std::array<int64_t, 3>& shape, const std::array<bool, 3>& needs, bool sm90,
+                      int chunk_rows) {
+  return visit_layout(shape, needs, sm90, chunk_rows).buffer;
 }
 
 std::vector<uint32_t> vector_of(const Counts& counts) {
@@ -156,9 +164,9 @@ std::vector<uint32_t> vector_of(const Counts& counts) {
 
 // The items and the number of items of each gate.
 py::tuple plan_visit_items(const std::array<int64_t, 3>& shape, const std::array<bool, 3>& needs,
-                           const Counts& counts, bool sm90, int threads) {
+                           const Counts& counts, bool sm90, int chunk_rows, int threads) {
   const cce_tests::VisitPlan plan =
-      cce_tests::make_visit_plan(visit_layout(shape, needs, sm90), vector_of(counts), threads);
+      cce_tests::make_visit_plan(visit_layout(shape, needs, sm90, chunk_rows), vector_of(counts), threads);
   Numbers items({static_cast<py::ssize_t>(plan.items.size()), static_cast<py::ssize_t>(kItemFields)});
   int64_t* to = items.mutable_data();
   for (const cce::VisitItem& item : plan.items) {
@@ -173,9 +181,11 @@ py::tuple plan_visit_items(const std::array<int64_t, 3>& shape, const std::array
 
 // Executes such items; empty, or what went wrong first.
 std::string execute_visit_items(const std::array<int64_t, 3>& shape, const std::array<bool, 3>& needs,
-                                const Counts& counts, bool sm90, const Numbers& items, const Counts& pending,
-                                cce_tests::Adversary adversary, int blocks, int slots, uint64_t seed) {
-  cce_tests::VisitPlan plan{visit_layout(shape, needs, sm90), vector_of(counts), {}, vector_of(pending)};
+                                const Counts& counts, bool sm90, int chunk_rows, const Numbers& items,
+                                const Counts& pending, cce_tests::Adversary adversary, int blocks, int slots,
+                                uint64_t seed) {
+  cce_tests::VisitPlan plan{
+      visit_layout(shape, needs, sm90, chunk_rows), vector_of(counts), {}, vector_of(pending)};
   for (py::ssize_t k = 0; k < items.shape(0); ++k) {
     const int64_t* from = items.data(k, 0);
     cce::VisitItem item;
@@ -343,11 +353,13 @@ PYBIND11_MODULE(cce_host_tests, m) {
   m.attr("kGateOfE") = cce::kGateOfE;
   m.attr("kGateOfRounding") = cce::kGateOfRounding;
   m.attr("kNoGate") = cce::kNoGate;
+  m.def("visit_buffer", &visit_buffer, py::arg("shape"), py::arg("needs"), py::arg("sm90"),
+        py::arg("chunk_rows"));
   m.def("plan_visit_items", &plan_visit_items, py::arg("shape"), py::arg("needs"), py::arg("counts"),
-        py::arg("sm90"), py::arg("threads") = 1);
+        py::arg("sm90"), py::arg("chunk_rows") = -1, py::arg("threads") = 1);
   m.def("execute_visit_items", &execute_visit_items, py::arg("shape"), py::arg("needs"), py::arg("counts"),
-        py::arg("sm90"), py::arg("items"), py::arg("pending"), py::arg("adversary"), py::arg("blocks"),
-        py::arg("slots"), py::arg("seed"));
+        py::arg("sm90"), py::arg("chunk_rows"), py::arg("items"), py::arg("pending"), py::arg("adversary"),
+        py::arg("blocks"), py::arg("slots"), py::arg("seed"));
   m.def("swizzled_offset", &cce::swizzled_offset, py::arg("row"), py::arg("chunk"));
   m.def("mask_words", &cce::mask_words, py::arg("n"));
   m.def("slices_per_item", &cce::slices_per_item, py::arg("visits"), py::arg("slices"));
