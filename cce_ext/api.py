@@ -13,6 +13,7 @@ from torch import distributed as dist
 
 from . import reference, vocab_parallel
 from ._ops import ops
+from .autograd import lce_forward
 from .ops import autocast_inputs, register_composite
 from .options import (
     DENSE,
@@ -264,6 +265,7 @@ def compute_z_loss(
 def _loss_and_lse(
     e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
+    """The second is the lse in its shape only with return_lse."""
     ignore_index, softcap, impl = options.ignore_index, options.softcap, options.impl
     check_tensors(e, c, targets, bias)
     if not is_a(ignore_index, "__index__"):
@@ -292,7 +294,7 @@ def _loss_and_lse(
         # e is not cut: the last positions have no label left, which is what ignore_index says.
         targets = nn.functional.pad(targets[..., shift:], (0, shift), value=ignore_index)
     shape = targets.shape
-    rows, labels = e.reshape(-1, e.shape[-1]), targets.reshape(-1)
+    rows, labels = (e, targets) if targets.dim() == 1 else (e.reshape(-1, e.shape[-1]), targets.reshape(-1))
 
     # The operators of the CPU look by themselves; those of CUDA could not raise an IndexError.
     looks = shard is None and (impl in DENSE or labels.device.type != "cpu")
@@ -304,7 +306,7 @@ def _loss_and_lse(
             dense = functools.partial(vocab_parallel.dense_forward, shard, dense)
         nll, lse = dense(rows, c, bias, labels, ignore_index, softcap)
     else:
-        check_transforms(e, c, bias)
+        check_transforms()
         method = resolve_method(options, e.dtype)
         may_train = e.requires_grad or c.requires_grad or (bias is not None and bias.requires_grad)
         trains = may_train and torch.is_grad_enabled()
@@ -317,8 +319,10 @@ def _loss_and_lse(
             # nor those of a mean_group the same of their tokens.
             if options.mean_group is not None:
                 seed_salt ^= dist.get_rank(options.mean_group) << 32
-            seed = torch.randint(_SEEDS, (1,), generator=options.generator, device=e.device) ^ seed_salt
-        forward: Callable[..., Any] = ops.lce_forward
+            seed = torch.randint(_SEEDS, (1,), generator=options.generator, device=e.device)
+            if seed_salt:
+                seed = seed ^ seed_salt
+        forward: Callable[..., Any] = lce_forward
         if shard is not None:
             forward = functools.partial(vocab_parallel.lce_forward, shard)
         nll, lse, *_ = forward(
@@ -333,11 +337,19 @@ def _loss_and_lse(
             **method.keywords(),
         )
 
-    nll, lse, counts = nll.reshape(shape), lse.reshape(shape), targets != ignore_index
-    if shift:
-        nll, lse, counts = (x[..., :-shift] for x in (nll, lse, counts))
-    if from_local is not None:
-        nll, lse, counts = (from_local(x) for x in (nll, lse, counts))
+    def of_positions(x: Tensor) -> Tensor:
+        """[.., T - shift], on all ranks of a DTensor's, of x [N]."""
+        x = x.reshape(shape)
+        if shift:
+            x = x[..., :-shift]
+        return x if from_local is None else from_local(x)
+
+    if options.return_lse:
+        lse = of_positions(lse)
+    counts = labels != ignore_index if options.reduction == "mean" else None
+    # A sum over plain tensors asks for no shape, and what shift leaves without a label adds 0 to it.
+    if options.reduction == "none" or from_local is not None:
+        nll, counts = of_positions(nll), None if counts is None else of_positions(counts)
     return _reduce(nll, counts, options.reduction, options.mean_group), lse
 
 
@@ -346,12 +358,15 @@ def _is_dtensor(x: Tensor | None) -> bool:
     return hasattr(x, "device_mesh")
 
 
-def _reduce(values: Tensor, counts: Tensor, reduction: str, mean_group: dist.ProcessGroup | None = None) -> Tensor:
-    """values must be 0 where counts is False. Of DTensors a scalar is the same on all ranks."""
+def _reduce(
+    values: Tensor, counts: Tensor | None, reduction: str, mean_group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """values must be 0 where counts, of which only "mean" asks, is False. A DTensor scalar is the same on all ranks."""
     if reduction == "none":
         return values
     total = values.sum()
     if reduction == "mean":
+        assert counts is not None
         count: Any = counts.sum()
         if mean_group is not None:
             count = vocab_parallel.mean_count(count.full_tensor() if _is_dtensor(count) else count, mean_group)

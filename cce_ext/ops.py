@@ -1,4 +1,6 @@
-"""Registers the operators of namespace cce: kernels for devices without their own, fake, autograd and autocast.
+"""Registers the operators of namespace cce: kernels for devices without their own, fake and autocast.
+
+Autograd's are in autograd.py.
 
 Their schemas are in csrc/ops/schema.cpp. linear_cross_entropy is composite: a compiled graph sees lce_forward and
 lce_backward, both functional.
@@ -14,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import portable
+from . import autograd, portable
 from ._ops import add_op_namespace_prefix, ops
 from .classifier import accumulate_dtype, label_logits
 from .options import KernelOptions, check_inputs, check_target_range, may_look_at
@@ -150,48 +152,7 @@ torch.library.register_fake(add_op_namespace_prefix("lce_forward"), _lce_forward
 torch.library.register_fake(add_op_namespace_prefix("lce_backward"), _lce_backward_fake)
 
 
-def _save_for_backward(ctx: Any, inputs: Any, keyword_only_inputs: dict[str, Any], output: Any) -> None:
-    e, c, bias, targets, seed = inputs
-    nll, lse, tile_map = output
-    ctx.mark_non_differentiable(tile_map)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(e, c, bias, targets, nll, lse, tile_map, seed)
-    ctx.options = {name: value for name, value in keyword_only_inputs.items() if name != "need_map"}
-
-
-def _backward(ctx: Any, g_nll: Tensor | None, g_lse: Tensor | None, g_map: None) -> tuple[Tensor | None, ...]:
-    d_e, d_c, d_bias = gradients(g_nll, g_lse, ctx.saved_tensors, ctx.options, ctx.needs_input_grad[:3])
-    return d_e, d_c, d_bias, None, None
-
-
-def gradients(
-    g_nll: Tensor | None,
-    g_lse: Tensor | None,
-    saved: tuple[Tensor | None, ...],
-    options: dict[str, Any],
-    need: tuple[bool, ...],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """cce::lce_backward of what a forward saved (its arguments from e to seed): e's, c's and bias's, where needed."""
-    e = saved[0]
-    if e is not None and e.is_cuda and options["method"] == "sampled" and torch.are_deterministic_algorithms_enabled():
-        # The visits add to dE in no fixed order, while the exact gradient has one. dC's samples have one as well.
-        options = options | {"filter_e": False}
-    found = ops.lce_backward(g_nll, g_lse, *saved, **options, need_e=need[0], need_c=need[1], need_bias=need[2])
-    d_e, d_c, d_bias = (g if needed else None for g, needed in zip(found, need, strict=True))
-    return d_e, d_c, d_bias
-
-
-def _once_differentiable(ctx: Any, *grads: Any) -> NoReturn:
-    raise NotImplementedError("cce: the gradient of linear_cross_entropy cannot be differentiated again")
-
-
-def _not_by_itself(ctx: Any, *grads: Any) -> NoReturn:
-    raise NotImplementedError("cce::label_logits has no gradient: differentiate lce_forward's nll instead")
-
-
-torch.library.register_autograd(add_op_namespace_prefix("lce_forward"), _backward, setup_context=_save_for_backward)
-torch.library.register_autograd(add_op_namespace_prefix("lce_backward"), _once_differentiable)
-torch.library.register_autograd(add_op_namespace_prefix("label_logits"), _not_by_itself)
+autograd.register(_library)
 
 
 # Asked once: torch.compile cannot trace the question.
@@ -227,7 +188,7 @@ def _lce_backward_autocast(
         return ops.lce_backward(g_nll, g_lse, e, *inputs, **options)
 
 
-for _key in ("AutocastCPU", "AutocastCUDA", "AutocastXPU", "AutocastMPS"):
+for _key in autograd.AUTOCAST_KEYS:
     _library.impl("lce_forward", _lce_forward_autocast, _key)
     _library.impl("lce_backward", _lce_backward_autocast, _key)
 

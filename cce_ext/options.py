@@ -8,11 +8,12 @@ from __future__ import annotations
 import enum
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypedDict
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.autograd import forward_ad
 from torch.autograd.forward_ad import unpack_dual
 
 if TYPE_CHECKING:
@@ -207,21 +208,31 @@ def check_reduction(reduction: str, mean_group: dist.ProcessGroup | None = None)
         raise ValueError(f"mean_group: expected None with reduction={reduction!r}, which divides by nothing")
 
 
-def check_transforms(e: Tensor, c: Tensor, bias: Tensor | None) -> None:
-    """Raises NotImplementedError under transforms that the operators' written-out gradient cannot serve.
+def check_transforms() -> None:
+    """Raises NotImplementedError under transforms of torch.func that the operators' written-out gradient cannot serve.
 
-    Forward-mode AD would get a tangent of 0, without a word, from an operator that has no rule for it.
+    Of forward-mode AD without them the operators know by their inputs' tangents: refuse_tangents.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return
     keys = {interpreter.key() for interpreter in torch._C._functorch.get_interpreter_stack() or ()}
     transforms = torch._C._functorch.TransformType
-    if transforms.Jvp in keys or any(x is not None and unpack_dual(x).tangent is not None for x in (e, c, bias)):
-        what = "forward-mode AD (torch.func.jvp, torch.autograd.forward_ad) is"
-    elif transforms.Grad in keys:
-        what = "torch.func.grad and what is built on it are"
-    else:
-        return
+    if transforms.Jvp in keys:
+        _refuse(_FORWARD_MODE)
+    if transforms.Grad in keys:
+        _refuse("torch.func.grad and what is built on it are")
+
+
+def refuse_tangents(*inputs: Tensor | None) -> None:
+    """Raises NotImplementedError for inputs of forward-mode AD: it would get a tangent of 0, without a word."""
+    if forward_ad._current_level >= 0 and any(x is not None and unpack_dual(x).tangent is not None for x in inputs):
+        _refuse(_FORWARD_MODE)
+
+
+_FORWARD_MODE = "forward-mode AD (torch.func.jvp, torch.autograd.forward_ad) is"
+
+
+def _refuse(what: str) -> NoReturn:
     raise NotImplementedError(
         f"linear_cross_entropy: {what} served by impl='reference' only; the others have their gradient by "
         "loss.backward() and torch.autograd.grad"

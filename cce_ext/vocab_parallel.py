@@ -15,7 +15,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ._ops import ops
-from .ops import gradients
+from .autograd import gradients
 from .options import may_look_at
 
 # What a shard's kernels know an ignored token by: the caller's ignore_index, less start, could be one of its rows.

@@ -27,6 +27,7 @@ from bench.problems.statistics import statistics
 from bench.report import files, origin, plot, tables
 from bench.studies import backward, overhead, portable, ranks
 from cce_ext import linear_cross_entropy, reference
+from cce_ext import portable as portable_kernels
 from cce_ext.measure import phase_peaks
 
 RESULTS = sorted((Path(__file__).parents[1] / "bench" / "results").glob("*.json"))
@@ -524,7 +525,8 @@ def test_plot(tmp_path, capsys):
 def test_the_other_benchmarks(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(overhead, "microseconds", lambda call: float(call() is not None))
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    for module, options in ((portable, ["--shape", "64,64,300", "--repeats", "2"]), (overhead, [])):
+    others = [(portable, ["--shape", "64,64,300", "--repeats", "2"]), (overhead, []), (overhead, ["--without-kernels"])]
+    for module, options in others:
         name = module.__name__.split(".")[-1]
         file = tmp_path / f"{name}.json"
         monkeypatch.setattr(sys, "argv", [name, *options, "--out", str(file)])
@@ -534,6 +536,27 @@ def test_the_other_benchmarks(tmp_path, monkeypatch, capsys):
         assert result["meta"]["command"].startswith(f"python -m bench.studies.{name} ")
         assert {r["method"] for r in result["rows"]} >= {"cce", "cce_exact"}
     assert "x dense" in capsys.readouterr().out
+
+
+def test_overhead_without_kernels(monkeypatch):
+    """The stand-ins give what the kernels do but for the values, and are gone with what holds them."""
+    p = inputs.randn(8, 16, 300, dtype=torch.float32)
+    e, c = p.e.requires_grad_(), p.c.requires_grad_()
+
+    def results():
+        torch.manual_seed(0)
+        loss, lse = linear_cross_entropy(e, c, p.targets, reduction="none", return_lse=True)
+        return [loss, lse, *torch.autograd.grad(loss.sum(), (e, c))]
+
+    expected = results()
+    with monkeypatch.context() as patch:
+        for name in ("lce_forward", "lce_backward"):
+            patch.setattr(portable_kernels, name, lambda *args, **options: pytest.fail("a kernel ran"))
+        stand_ins = overhead.without_kernels("cpu")
+        for got, x in zip(results(), expected, strict=True):
+            assert got.shape == x.shape and got.dtype == x.dtype
+        del stand_ins
+    assert all(torch.equal(x, y) for x, y in zip(results(), expected, strict=True))
 
 
 def test_what_it_costs_to_seed_ranks_alike(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,163 @@
+"""The gradient of the operators lce_forward, lce_backward and label_logits, and the short way to their kernels.
+
+The dispatcher serves autograd and autocast by functions in Python, each of which takes longer than a small call's
+kernel. In eager mode lce_forward and gradients, here, pass them by.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
+from torch.autograd import forward_ad
+
+from ._ops import ops
+from .options import KernelOptions, refuse_tangents
+
+AUTOCAST_KEYS = ("AutocastCPU", "AutocastCUDA", "AutocastXPU", "AutocastMPS")
+
+_keys = [DispatchKeySet(getattr(DispatchKey, k)) for k in ("AutogradFunctionality", "AutogradOther", *AUTOCAST_KEYS)]
+_AUTOGRAD_AND_AUTOCAST = functools.reduce(DispatchKeySet.__or__, _keys)
+
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+
+
+def _call_kernel(call: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+    """What an operator's call gives below autograd and autocast."""
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOGRAD_AND_AUTOCAST):
+        return call(*args, **keywords)
+
+
+def _has_short_way(*inputs: Tensor | None) -> bool:
+    """Whether a call would meet nothing but autograd and autocast on its way to the kernel.
+
+    A graph that is traced, a mode or a transform is to see the operator.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state()
+        or forward_ad._current_level >= 0
+    ) and _PLAIN.issuperset(map(type, inputs))
+
+
+def lce_forward(
+    e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, seed: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """cce::lce_forward of e, c and bias that autocast has cast."""
+    out: tuple[Tensor, Tensor, Tensor]
+    if not _has_short_way(e, c, bias, targets, seed):
+        out = ops.lce_forward(e, c, bias, targets, seed, **options)
+    elif torch.is_grad_enabled() and torch._C._any_requires_grad(e, c, bias):
+        out = _differentiable(ops.lce_forward.default, e, c, bias, targets, seed, options)
+    else:
+        out = _call_kernel(ops.lce_forward.default, e, c, bias, targets, seed, **options)
+    return out
+
+
+class _LceForward(torch.autograd.Function):
+    """cce::lce_forward, by what calls its kernel, and its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: Callable[..., Any],
+        e: Tensor,
+        c: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        seed: Tensor | None,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        nll, lse, tile_map = _call_kernel(call, e, c, bias, targets, seed, **options)
+        ctx.mark_non_differentiable(tile_map)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(e, c, bias, targets, nll, lse, tile_map, seed)
+        ctx.options = {name: value for name, value in options.items() if name != "need_map"}
+        return nll, lse, tile_map
+
+    @staticmethod
+    def backward(ctx: Any, g_nll: Tensor | None, g_lse: Tensor | None, g_map: None) -> tuple[Tensor | None, ...]:
+        d_e, d_c, d_bias = gradients(g_nll, g_lse, ctx.saved_tensors, ctx.options, ctx.needs_input_grad[1:4])
+        return None, d_e, d_c, d_bias, None, None, None
+
+
+_differentiable: Callable[..., tuple[Tensor, Tensor, Tensor]] = _LceForward.apply
+
+
+def gradients(
+    g_nll: Tensor | None,
+    g_lse: Tensor | None,
+    saved: tuple[Tensor | None, ...],
+    options: dict[str, Any],
+    need: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """cce::lce_backward of what a forward saved (its arguments from e to seed): e's, c's and bias's, where needed."""
+    e = saved[0]
+    sampled = options.get("method", KernelOptions.method) == "sampled"
+    if e is not None and e.is_cuda and sampled and torch.are_deterministic_algorithms_enabled():
+        # The visits add to dE in no fixed order, while the exact gradient has one. dC's samples have one as well.
+        options = options | {"filter_e": False}
+    needs = {"need_e": need[0], "need_c": need[1], "need_bias": need[2]}
+    # Gradients are enabled here where these are to be differentiated: the operator refuses that.
+    if not torch.is_grad_enabled() and _has_short_way(g_nll, g_lse, *saved):
+        found = _call_kernel(ops.lce_backward.default, g_nll, g_lse, *saved, **options, **needs)
+    else:
+        found = ops.lce_backward(g_nll, g_lse, *saved, **options, **needs)
+    d_e, d_c, d_bias = (g if needed else None for g, needed in zip(found, need, strict=True))
+    return d_e, d_c, d_bias
+
+
+class _NotDifferentiable(torch.autograd.Function):
+    """An operator, by what calls its kernel, whose gradient raises NotImplementedError with a message."""
+
+    @staticmethod
+    def forward(ctx: Any, message: str, call: Callable[..., Any], *args: Any) -> Any:
+        ctx.message = message
+        *tensors, options = args
+        return _call_kernel(call, *tensors, **options)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
+        raise NotImplementedError(ctx.message)
+
+
+def _not_differentiable(message: str) -> Callable[..., Any]:
+    return functools.partial(_NotDifferentiable.apply, message)
+
+
+def register(library: torch.library.Library) -> None:
+    """Register all of it with the operators, for those who call them by themselves and for compiled graphs."""
+    _register(library, "lce_forward", _differentiable)
+    _register(
+        library,
+        "lce_backward",
+        _not_differentiable("cce: the gradient of linear_cross_entropy cannot be differentiated again"),
+    )
+    _register(
+        library,
+        "label_logits",
+        _not_differentiable("cce::label_logits has no gradient: differentiate lce_forward's nll instead"),
+    )
+
+
+def _register(library: torch.library.Library, name: str, differentiable: Callable[..., Any]) -> None:
+    """differentiable takes what calls the operator's kernel, the operator's arguments, and a dict of its keywords.
+
+    torch.library.register_autograd would leave forward-mode AD a tangent of 0, and the short way its own Function.
+    """
+    op = getattr(ops, name).default
+
+    def kernel(keyset: DispatchKeySet, *args: Tensor | None, **options: Any) -> Any:
+        refuse_tangents(*args)
+        call = functools.partial(op.redispatch, keyset & torch._C._after_autograd_keyset)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return differentiable(call, *args, options)
+        return _call_kernel(call, *args, **options)
+
+    library.impl(name, kernel, "Autograd", with_keyset=True)
