@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from ..measure.rows import Row
+from ..measure.rows import Row, inputs_of
+
+# Columns that few runs have: their heads, and how their figures are written.
+MORE = {"x_live": ("x live", ".2f"), "host_us": ("host us", ".0f")}
 
 
 def table(rows: list[Row]) -> str:
-    """The rows of one shape: a line a method and kind, then what was not measured."""
-    width = max(len(r["method"]) for r in rows)
+    """The rows of one shape and regime: a line a method and kind, then what was not measured.
+
+    `x live` and `host us` are there where they were measured.
+    """
+    width = max(len("method"), *(len(r["method"]) for r in rows))
+    more = {key: head for key, head in MORE.items() if any(r[key] is not None for r in rows)}
+    heads = "".join(f" {head:>7}" for head, _ in more.values())
     lines = [
         f"{'method':<{width}} {'kind':<10} {'runtime_ms':>10} {'op_mem_mb':>9} {'test_data':<9}"
-        f" {'p20-p80':>17} {'x mm':>6} {'TFLOP/s':>7} {'dE error':>8} {'dC error':>8} {'mean of 8':>17}  note"
+        f" {'p20-p80':>17} {'x mm':>6}{heads} {'TFLOP/s':>7} {'dE error':>8} {'dC error':>8} {'mean of 8':>17}  note"
     ]
     for r in rows:
         if r["runtime_ms"] is None:
             continue
         both = f"{_number(r['runtime_p20'], '.3f')}-{_number(r['runtime_p80'], '.3f')}"
         mean = "" if r["de_err_mean8"] is None else f"{r['de_err_mean8']:.1e}, {_number(r['dc_err_mean8'], '.1e')}"
+        figures = "".join(f" {_number(r[key], form):>7}" for key, (_, form) in more.items())
         lines.append(
             f"{r['method']:<{width}} {r['kind']:<10} {r['runtime_ms']:>10.3f} {_number(r['op_mem_mb'], '.1f'):>9}"
-            f" {r['data'][:9]:<9} {both:>17} {_number(r['x_mm'], '.2f'):>6} {_number(r['tflops'], '.3g'):>7}"
+            f" {r['data'][:9]:<9} {both:>17} {_number(r['x_mm'], '.2f'):>6}{figures} {_number(r['tflops'], '.3g'):>7}"
             f" {_number(r['de_err'], '.1e'):>8} {_number(r['dc_err'], '.1e'):>8} {mean:>17}  {r['note']}".rstrip()
         )
     without = {r["method"]: r["note"] for r in rows if r["runtime_ms"] is None}
@@ -29,11 +38,18 @@ def table(rows: list[Row]) -> str:
 
 def short_table(rows: list[Row]) -> str:
     """Forward and forward + backward beside the plain product, a line a shape and method."""
-    several = len({r["data"] for r in rows}) > 1
-    names = {r["data"]: f" {r['data']:<16}" if several else "" for r in rows}
-    head = f" {'data':<16}" if several else ""
-    lines = [f"{'shape':<14}{head} {'method':<24} {'fw ms':>9} {'x mm':>6} {'fw+bw ms':>9} {'x mm':>6} {'MB':>8}"]
-    pairs = {(r["shape"], r["data"], r["method"], r["kind"]): r for r in rows}
+    names = {inputs_of(r): "" for r in rows}
+    head = ""
+    if len(names) > 1:
+        width = max(16, *map(len, names))
+        names = {name: f" {name:<{width}}" for name in names}
+        head = f" {'data':<{width}}"
+    live = any(r["x_live"] is not None for r in rows)
+    lines = [
+        f"{'shape':<14}{head} {'method':<24} {'fw ms':>9} {'x mm':>6} {'fw+bw ms':>9} {'x mm':>6}"
+        f"{'  x live' if live else ''} {'MB':>8}"
+    ]
+    pairs = {(r["shape"], inputs_of(r), r["method"], r["kind"]): r for r in rows}
     for shape, data, method, kind in pairs:
         if kind != "loss-fw":
             continue
@@ -41,9 +57,11 @@ def short_table(rows: list[Row]) -> str:
         if forward["runtime_ms"] is None:
             lines.append(f"{shape:<14}{names[data]} {method:<24} {forward['note']}")
             continue
+        x_live = f" {_number(both['x_live'], '.2f'):>7}" if live else ""
         lines.append(
             f"{shape:<14}{names[data]} {method:<24} {forward['runtime_ms']:>9.3f} {_number(forward['x_mm'], '.2f'):>6}"
-            f" {both['runtime_ms']:>9.3f} {_number(both['x_mm'], '.2f'):>6} {_number(both['op_mem_mb'], '.0f'):>8}"
+            f" {both['runtime_ms']:>9.3f} {_number(both['x_mm'], '.2f'):>6}{x_live}"
+            f" {_number(both['op_mem_mb'], '.0f'):>8}"
         )
     return "\n".join(lines)
 
