@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -176,6 +177,27 @@ def test_rows_of_a_frozen_side(frozen):
             assert (row[f"d{side}_err_mean8"] is not None) == (measured and method == "cce")
 
 
+def test_memory_is_of_the_frozen_side(processes, monkeypatch, capsys):
+    """The process that measures it is told, and leaves the gradient out."""
+    seen = []
+    make_step = memory.make_step
+
+    def step_of(method, p, softcap):
+        seen.append((len(p.e), p.frozen))
+        return make_step(method, p, softcap)
+
+    def run(module, *arguments, **options):
+        monkeypatch.setattr(sys, "argv", [module, *arguments])
+        memory.main()
+        return subprocess.CompletedProcess([], 0, stdout=capsys.readouterr().out, stderr="")
+
+    monkeypatch.setattr(memory, "make_step", step_of)
+    monkeypatch.setattr(memory.child, "run", run)
+    p = replace(inputs.lm(16, 64, 300, dtype=torch.float32), frozen="c")
+    assert set(memory.peaks(METHODS["baseline"], p, None)) == set(timing.KINDS)
+    assert seen == [(8, "c"), (16, "c")]
+
+
 def test_a_frozen_side_of_a_saved_problem(tmp_path):
     p = inputs.lm(16, 64, 300, dtype=torch.float32)
     torch.save({"e": p.e, "c": p.c, "targets": p.targets}, tmp_path / "p.pt")
@@ -271,6 +293,20 @@ def test_a_method_that_fails_on_the_live_rows_alone(monkeypatch):
     assert len(measured) == 3 and all(r["x_live"] is None and r["x_mm"] > 0 for r in measured)
 
 
+@pytest.mark.parametrize(("ignored", "method"), [(0.75, "torch_compile"), (0.0, "torch_compile"), (0.75, "cce")])
+def test_each_length_is_compiled_for_itself(ignored, method, tmp_path, monkeypatch):
+    """Else the second one would make a function of any length of it, which the first one would meet as well."""
+    monkeypatch.setattr(worker.Shapework, "run", lambda self: None)
+    job = small_job(methods=["mm", method], ignored=ignored)
+    (tmp_path / "job.json").write_text(json.dumps(asdict(job)))
+    monkeypatch.setattr(sys, "argv", ["worker", str(tmp_path / "job.json"), str(tmp_path / "state.json")])
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=True):
+        with pytest.raises(SystemExit) as exit_:
+            worker.main()
+        dynamic = torch._dynamo.config.automatic_dynamic_shapes
+    assert exit_.value.code == 0 and dynamic == (not ignored or method == "cce")
+
+
 def test_cases_that_are_excluded_or_out_of_time():
     job = job_of(methods=["mm", "cce"], seconds=0.0)
     assert {r["note"] for r in rows_of(job)} == {worker.TIME_LIMIT}
@@ -321,6 +357,7 @@ def test_host_is_a_column_where_it_is_asked_for():
     table = tables.table(list(asked.values()))
     assert "host us" in table and "x live" not in table
     assert "host us" not in tables.table(list(without.values()))
+    assert f"{asked['cce', 'loss-fw-bw']['host_us']:.0f}" in tables.short_table(list(asked.values()))
 
 
 @pytest.mark.parametrize("name", ["cce_compiled", "cce_exact_compiled"])
