@@ -13,7 +13,8 @@
 # REGIME_SECONDS (0: none of it) is the time for what is not pretraining, at most half of what is left before the
 # benchmark: three quarters of the tokens ignored in spans at Llama 3's shape, nine tenths at random at one with more
 # tokens, a frozen classifier, 64 to 16384 tokens, and the host's time of a call. Each has a results file.
-# REGIME_METHODS ("cce cce_exact baseline") are measured beside the product, but for the last. They are planned for 300 seconds; what does not fit says so.
+# REGIME_METHODS ("cce cce_exact baseline") are measured beside the product, but for the last. They are planned for 300
+# seconds; what does not fit says so.
 # A part that fails does not stop the next. The exit status is 1 if one failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit

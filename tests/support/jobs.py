@@ -1,10 +1,29 @@
-"""The benchmark on a small shape, in this process. Needs tqdm."""
+"""The benchmark on a small shape, in this process, and the fixtures of its tests. Needs tqdm."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from bench.measure import worker
+import pytest
+import torch
+
+from bench.measure import memory, timing, worker
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, request):
+    """One thread for tiny calls and, but for a test that wants its processes, a made-up memory."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    if "processes" not in request.fixturenames:
+        monkeypatch.setattr(memory, "peaks", lambda *a: dict.fromkeys(timing.KINDS, 1.0))
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def processes():
+    """For a test that measures memory in processes of their own."""
 
 
 def small_job(**options) -> worker.Job:
