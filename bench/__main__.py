@@ -4,6 +4,10 @@
     python -m bench --shape gemma2 llama3 gpt2         models' shapes (N, D, V): see below
     python -m bench --shape 4096,2048,65536 --softcap 30
     python -m bench --shape llama3 --vocab 32000 64000 128000
+    python -m bench --shape llama3 --tokens 64..16384  from few tokens to many, doubled from each to the next
+    python -m bench --shape llama3 --ignored 0.75 --spans   prompts, whose tokens are ignored, and the others alone
+    python -m bench --shape llama3 --frozen c          the classifier requires no gradient: LoRA, RL
+    python -m bench --shape 8,64,512 --host            what a call takes of the host's time as well
     python -m bench --data saved:FILE                  e, c and targets of a real model
     python -m bench --data lm saved:FILE --methods eps  both, and what the sampling eps costs and buys
     python -m bench plot FILE.. [--out FILE.png]       time against memory, cost against V and N
@@ -32,7 +36,7 @@ from .measure.rows import Row
 from .measure.supervisor import measure
 from .measure.worker import Job
 from .peers.methods import EPS, GROUPS, METHODS, packages
-from .problems import inputs, shapes
+from .problems import inputs, regimes, shapes
 from .problems.inputs import Problem
 from .problems.shapes import Shape
 from .report import eps, files, origin, plot, tables
@@ -61,7 +65,11 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[Task]]:
         "--shape", nargs="+", type=shapes.argument, metavar="SHAPE", help="names, or N,D,V (default: gemma2 on a GPU)"
     )
     what.add_argument(
-        "--tokens", nargs="+", type=positive, metavar="N", help="in place of the shape's N, one after another"
+        "--tokens",
+        nargs="+",
+        type=arguments.doubling,
+        metavar="N",
+        help="in place of the shape's N, one after another; A..B doubles A up to B",
     )
     what.add_argument(
         "--vocab", nargs="+", type=positive, metavar="V", help="in place of the shape's V, one after another"
@@ -77,10 +85,23 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[Task]]:
     what.add_argument("--softcap", type=positive_real, help="logits become S * tanh(logits / S); Gemma 2 has 30")
     what.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, on a CPU float32")
     what.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    what.add_argument(
+        "--ignored",
+        nargs="+",
+        type=arguments.share,
+        default=[0.0],
+        metavar="F",
+        help="the share of the tokens that is ignored, one after another; the others are measured alone as well",
+    )
+    what.add_argument(
+        "--spans", action="store_true", help=f"ignored are prompts, of sequences of {regimes.SEQUENCE} tokens"
+    )
+    what.add_argument("--frozen", choices=regimes.SIDES, help="this side requires no gradient")
     how = parser.add_argument_group("how")
     how.add_argument("--repeats", type=positive, default=10, help="timed calls (default: %(default)s; 5 if > 100 ms)")
     how.add_argument("--warmup", type=positive, default=3, help="rounds before them (default: %(default)s)")
-    how.add_argument("--seed", type=int, default=0, help="of the inputs and of sampled gradients")
+    how.add_argument("--host", action="store_true", help="measure the host's time of a call as well")
+    how.add_argument("--seed", type=int, default=0, help="of the inputs, of what is ignored and of sampled gradients")
     how.add_argument(
         "--time-limit", type=positive_real, metavar="SECONDS", help="for all of it; what is left out says so"
     )
@@ -118,8 +139,18 @@ def tasks(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Tas
         parser.error("--shape, --tokens, --vocab: saved inputs have their own shape")
     if len({inputs.label(x) for x in saved}) < len(saved):
         parser.error("--data: two saved files of one name, by which the results could not tell them apart")
+    args.ignored = list(dict.fromkeys(args.ignored))
+    if args.spans and not any(args.ignored):
+        parser.error("--spans: there is no --ignored, whose tokens these would be")
+    if saved and any(args.ignored):
+        parser.error("--ignored: saved inputs have their own")
     given = args.shape or [shapes.parse(DEFAULT_SHAPE[args.device])]
-    swept = list(dict.fromkeys(x for s in given for x in shapes.sweep(s, args.tokens, args.vocab)))
+    tokens = [n for each in args.tokens or [] for n in each]
+    swept = list(dict.fromkeys(x for s in given for x in shapes.sweep(s, tokens, args.vocab)))
+    for share in filter(None, args.ignored):
+        for s in swept:
+            if not 0 < regimes.ignored_count(s.n, share) < s.n:
+                parser.error(f"--ignored {share:g}: of N={s.n} tokens that is none or all")
     narrow = [s.name for s in swept if s.d <= inputs.TOPICS]
     if "lm" in data and narrow:
         parser.error(f"--shape {narrow[0]}: lm inputs need a hidden width above {inputs.TOPICS}; use --data randn")
@@ -154,7 +185,8 @@ def run(args: argparse.Namespace, todo: list[Task]) -> int:
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
     out = args.out or RESULTS / f"bench_{args.device}_{stamp}.json"
     rows: list[Row] = []
-    for i, (data, s, _) in enumerate(todo):
+    everything = [(task, share) for task in todo for share in args.ignored]
+    for i, ((data, s, _), share) in enumerate(everything):
         label = inputs.label(data)
         left = args.time_limit - (time.monotonic() - start) if args.time_limit else math.inf
         job = Job(
@@ -167,8 +199,12 @@ def run(args: argparse.Namespace, todo: list[Task]) -> int:
             seed=args.seed,
             repeats=args.repeats,
             warmup=args.warmup,
-            seconds=left / (len(todo) - i) if args.time_limit else None,
+            seconds=left / (len(everything) - i) if args.time_limit else None,
             excluded={},
+            ignored=share,
+            spans=args.spans,
+            frozen=args.frozen,
+            host=args.host,
         )
         new, statistics = measure(job, left)
         for row in new:
@@ -176,7 +212,11 @@ def run(args: argparse.Namespace, todo: list[Task]) -> int:
         rows += new
         figures = ", ".join(f"{k} {x:.3g}" for k, x in statistics.items())
         print(f"\n{s.name}: N={s.n} D={s.d} V={s.v} {args.dtype}, {label} inputs: {figures or 'none'}")
-        print(tables.table(new), flush=True)
+        for regime in dict.fromkeys(row["regime"] for row in new):
+            here = [row for row in new if row["regime"] == regime]
+            if regime:
+                print(f"{regime}: N={here[0]['n']}")
+            print(tables.table(here), flush=True)
         meta["data_statistics"][f"{s.n},{s.d},{s.v} {label}"] = statistics
         if state:
             meta["clocks"]["after"] = origin.gpu_state()

@@ -19,6 +19,27 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def doubling(text: str) -> list[int]:
+    """A number, or A..B: A and its doubles up to B."""
+    first, dots, last = text.partition("..")
+    if not dots:
+        return [positive(text)]
+    value, most = positive(first), positive(last)
+    if value > most:
+        raise argparse.ArgumentTypeError(f"expected A..B with A <= B, got {text!r}")
+    return [value << k for k in range((most // value).bit_length())]
+
+
+def share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a share of at least 0 and below 1, got {text!r}")
+    return value
+
+
 def positive_real(text: str) -> float:
     try:
         value = float(text)

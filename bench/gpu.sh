@@ -10,6 +10,11 @@
 # the benchmark has its held-out problem besides the lm inputs (--data lm saved:FILE). PROBLEM_FILE (runs/problem.pt) is
 # where that is kept, PROBLEM_SET what the training has of other settings than the ones below, PROBLEM_SECONDS (240) its
 # time, at most half of what is left. PROBLEM_TOKENS (8192) is how many tokens the problem has.
+# REGIME_SECONDS (0: none of it) is the time for what is not pretraining, at most half of what is left before the
+# benchmark: three quarters of the tokens ignored in spans at Llama 3's shape, nine tenths at random at one with more
+# tokens, a frozen classifier, 64 to 16384 tokens, and the host's time of a call. Each has a results file.
+# REGIME_METHODS ("cce cce_exact baseline") are measured beside the product, but for the last. They are planned for 300
+# seconds; what does not fit says so.
 # A part that fails does not stop the next. The exit status is 1 if one failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
@@ -30,13 +35,19 @@ failed=0
 left() { echo $((limit - SECONDS)); }
 
 # row NAME STATUS DETAIL: a line of the final table.
-row() { table+=$(printf '%-12s %-8s %s' "$1" "$2" "$3")$'\n'; }
+row() { table+=$(printf '%-14s %-8s %s' "$1" "$2" "$3")$'\n'; }
 
 # part NAME SHARE COMMAND..: runs the command for at most SHARE percent of the time left; its output is also in a log.
 part() {
-  local name=$1 share=$2 begin=$SECONDS code=0 seconds
+  local name=$1 share=$2
   shift 2
-  seconds=$(($(left) * share / 100))
+  timed "$name" $(($(left) * share / 100)) "$@"
+}
+
+# timed NAME LIMIT COMMAND..: the same for at most LIMIT seconds.
+timed() {
+  local name=$1 seconds=$2 begin=$SECONDS code=0
+  shift 2
   if ((seconds < 1)); then
     failed=1
     row "$name" "FAILED" "no time left"
@@ -102,6 +113,26 @@ if [[ -n "${PROBLEM_DATA:-}" ]]; then
   [[ -e "$problem" ]] && data=(--data lm "saved:$problem")
 fi
 
+regime_seconds=$((${REGIME_SECONDS:-0} < $(left) / 2 ? ${REGIME_SECONDS:-0} : $(left) / 2))
+# regime NAME PERCENT ARGUMENTS..: the benchmark with these, for so much of regime_seconds. It keeps within its limit by
+# itself; eight seconds are for its start and its last file.
+regime() {
+  local name=$1 seconds=$((regime_seconds * $2 / 100))
+  shift 2
+  rm -f "$out/$name.json" "$out/$name.png"
+  timed "$name" "$seconds" "$python" -m bench --out "$out/$name.json" --time-limit $((seconds > 9 ? seconds - 8 : 1)) \
+    ${COMMIT:+--commit "$COMMIT"} "$@"
+}
+if ((regime_seconds > 0)); then
+  read -ra methods <<<"${REGIME_METHODS:-cce cce_exact baseline}"
+  regime "ignored_spans" 20 --shape llama3 --ignored 0.75 --spans --methods "${methods[@]}"
+  regime "ignored_random" 20 --shape 16384,1024,151936 --ignored 0.9 --methods "${methods[@]}"
+  regime "frozen" 13 --shape llama3 --frozen c --methods "${methods[@]}"
+  regime "tokens" 34 --shape 8192,1024,151936 --tokens 64..16384 --host --methods "${methods[@]}"
+  regime "host" 13 --shape 8,64,512 --host --repeats 50 --methods cce cce_exact cce_compiled baseline compiled_baseline
+  [[ -e "$out/tokens.json" ]] && part "tokens_plot" 20 "$python" -m bench plot "$out/tokens.json"
+fi
+
 # The benchmark keeps within its limit by itself; the rest is for its last file and the plot.
 seconds=$(($(left) * 95 / 100 - 15))
 if ((seconds > 0)); then
@@ -116,9 +147,11 @@ fi
 
 printf '\n%s\n' "=== bench/gpu.sh: $SECONDS of $limit s"
 printf '%s' "$table"
-if [[ -e "$out/bench.json" ]]; then
+for name in bench ignored_spans ignored_random frozen tokens host; do
+  [[ -e "$out/$name.json" ]] || continue
+  [[ "$name" == bench ]] || ((regime_seconds > 0)) || continue
   printf '\n'
   "$python" -c 'import json, sys; from bench.report.tables import short_table; print(short_table(json.load(open(sys.argv[1]))["rows"]))' \
-    "$out/bench.json"
-fi
+    "$out/$name.json"
+done
 exit "$failed"

@@ -17,6 +17,8 @@ from support.results import META, made_up
 
 pytest.importorskip("tqdm", reason="the benchmark needs tqdm")
 
+from support.jobs import measure, small_job
+
 from bench import __main__ as cli
 from bench.measure import errors, memory, timing, worker
 from bench.measure.rows import empty_rows
@@ -208,23 +210,6 @@ def test_spread():
 # ---- the rows of one shape ----
 
 
-def small_job(**options) -> worker.Job:
-    given = {
-        "shape": ("64,64,512", 64, 64, 512),
-        "data": "lm",
-        "dtype": "float32",
-        "device": "cpu",
-        "methods": ["mm"],
-        "softcap": None,
-        "seed": 0,
-        "repeats": 2,
-        "warmup": 1,
-        "seconds": None,
-        "excluded": {},
-    }
-    return worker.Job(**(given | options))
-
-
 @pytest.fixture
 def processes():
     """For a test that measures memory in processes of their own."""
@@ -235,13 +220,6 @@ def no_process_for_memory(monkeypatch, request):
     """A process a method is what memory costs, so that most tests have a figure made up."""
     if "processes" not in request.fixturenames:
         monkeypatch.setattr(memory, "peaks", lambda *a: {"loss-fw": 1.0, "loss-bw": 2.0, "loss-fw-bw": 2.0})
-
-
-def measure(job: worker.Job) -> dict[tuple[str, str], dict]:
-    state = worker.State(Path("unused"))
-    state.save = lambda: None
-    worker.Shapework(job, state).run()
-    return {(r["method"], r["kind"]): r for r in state.rows}
 
 
 def test_rows(tmp_path):
@@ -324,10 +302,10 @@ def test_time_limit():
 def test_first_calls_that_hang_end_the_process(monkeypatch):
     ended = threading.Event()
     monkeypatch.setattr(worker.os, "_exit", lambda code: ended.set())
-    monkeypatch.setattr(worker.Shapework, "prepare", lambda self, method: ended.wait(20))
+    monkeypatch.setattr(worker.Shapework, "prepare", lambda self, case: ended.wait(20))
     state = worker.State(Path("unused"))
     state.save = lambda: None
-    worker.Shapework(small_job(seconds=0.2), state).prepare_in_time(METHODS["cce"])
+    worker.Shapework(small_job(seconds=0.2), state).prepare_in_time(worker.Case("cce", alone=False))
     assert ended.is_set() and state.reason == "failed: its first calls took more than 0 s"
 
 

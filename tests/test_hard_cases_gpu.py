@@ -20,13 +20,12 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
-from support.problems import Problem, error, oracle, peaked, upstream
+from support.problems import Problem, error, full_of_nan, oracle, peaked, upstream
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -81,19 +80,6 @@ def unseen(p: Problem, *stretches: slice) -> Problem:
 
 
 # ---- Calls ----
-
-
-@contextmanager
-def full_of_nan() -> Iterator[None]:
-    """What is allocated is NaN (or the largest integer) until it is written: torch's aid for deterministic algorithms.
-
-    The operators of 16 bits, called as here, do not ask for these algorithms themselves.
-    """
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def around(p: Problem) -> AbstractContextManager[None]:

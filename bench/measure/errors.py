@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from cce_ext import reference
 
+from ..peers.method import Gradients
 from ..problems.inputs import IGNORE_INDEX, Problem
 
 # fp64 logits held at a time: a gigabyte. The dense reference makes a few tensors of that size of them.
@@ -24,9 +25,24 @@ class Exact:
     loss: float
     gradients: tuple[Tensor, Tensor]
 
-    def errors(self, gradients: tuple[Tensor, ...]) -> list[float | None]:
-        """Relative Frobenius error of dE and dC: None where the exact one is 0, NaN for one that is not finite."""
-        return [relative_error(g, exact) for g, exact in zip(gradients, self.gradients, strict=True)]
+    def errors(self, gradients: Gradients) -> list[float | None]:
+        """Relative Frobenius error of dE and dC: None where the exact one is 0, NaN for one that is not finite.
+
+        None of a gradient that is None, which a frozen side's is.
+        """
+        pairs = zip(gradients, self.gradients, strict=True)
+        return [None if g is None else relative_error(g, exact) for g, exact in pairs]
+
+    def among(self, p: Problem) -> Exact:
+        """The same for p, of which self.problem is the first tokens that are not ignored, or all of them."""
+        live = (p.targets != IGNORE_INDEX).nonzero()[:, 0]
+        tokens = len(p.e)
+        if len(live) > len(self.problem.e):
+            live = live[: len(self.problem.e)]
+            tokens = int(live[-1]) + 1
+        d_e = self.gradients[0].new_zeros(tokens, p.e.shape[1])
+        d_e[live] = self.gradients[0]
+        return Exact(replace(p, e=p.e[:tokens], targets=p.targets[:tokens]), self.loss, (d_e, self.gradients[1]))
 
 
 def relative_error(x: Tensor, exact: Tensor) -> float | None:
@@ -58,7 +74,7 @@ def _exact(p: Problem, softcap: float | None) -> Exact | None:
         tokens //= 2
         if tokens < min(FEWEST_TOKENS, len(p.e)):
             return None
-    p = Problem(p.e[:tokens], p.c, p.targets[:tokens])
+    p = replace(p, e=p.e[:tokens], targets=p.targets[:tokens])
     e, c = p.e.double(), p.c.double().detach().requires_grad_()
     count = (p.targets != IGNORE_INDEX).sum()
     loss, d_e, d_c = e.new_zeros(()), torch.empty_like(e), torch.zeros_like(c)

@@ -6,6 +6,7 @@ not be seen. `python -m bench.measure.memory METHOD FILE [SOFTCAP]`
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import tempfile
@@ -31,7 +32,7 @@ def peaks(method: Method, p: Problem, softcap: float | None) -> dict[str, float 
         return peaks_here(method, p, softcap, "cuda")
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/inputs.pt"
-        torch.save((p.e, p.c, p.targets), file)
+        torch.save({"e": p.e, "c": p.c, "targets": p.targets, "frozen": p.frozen}, file)
         arguments = [method.name, file] + ([] if softcap is None else [str(softcap)])
         done = child.run("bench.measure.memory", *arguments, capture=True)
     if done.returncode:
@@ -54,9 +55,10 @@ def peaks_here(method: Method, p: Problem, softcap: float | None, device: str) -
 def main() -> None:
     name, file, *rest = sys.argv[1:]
     method, softcap = METHODS[name], float(rest[0]) if rest else None
-    p = Problem(*torch.load(file))
+    p = Problem(**torch.load(file))
     # Libraries load and threads start on the first call; a compiler's own memory is not its kernel's.
-    tiny = Problem(p.e[:8].clone(), p.c[:256].clone(), p.targets[:8] % min(256, len(p.c)))
+    e, c, targets = p.e[:8].clone(), p.c[:256].clone(), p.targets[:8] % min(256, len(p.c))
+    tiny = dataclasses.replace(p, e=e, c=c, targets=targets)
     warm = make_step(method, p if method.compiled else tiny, softcap)
     warm.forward()
     warm.backward()

@@ -11,10 +11,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..problems.shapes import Shape
 from . import child
-from .rows import Row, empty_rows
-from .worker import TIME_LIMIT, Job
+from .rows import Row
+from .worker import TIME_LIMIT, Job, case_rows, cases
 
 # Of a shape's time what its process plans with, and the seconds more after which it is ended: a call takes what it
 # takes, and a compiler that hangs does not look at the clock.
@@ -52,4 +51,4 @@ def measure(job: Job, seconds_left: float) -> tuple[list[Row], dict[str, float]]
 
 
 def not_measured(job: Job, note: str) -> list[Row]:
-    return [r for m in job.methods for r in empty_rows(Shape(*job.shape), job.data, m, job.excluded.get(m, note))]
+    return [r for case in cases(job) for r in case_rows(job, case, job.excluded.get(case.name, note))]

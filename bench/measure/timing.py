@@ -29,7 +29,7 @@ class Steps(Protocol):
 
 @dataclass
 class Times:
-    """Milliseconds of each repeat."""
+    """Of each repeat: milliseconds, where nothing else is said."""
 
     forward: list[float] = field(default_factory=list)
     backward: list[float] = field(default_factory=list)

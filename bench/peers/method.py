@@ -11,6 +11,7 @@ from torch import Tensor
 from ..problems.inputs import Problem
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+Gradients = tuple[Tensor | None, ...]  # of e and of c; None of a side that is frozen
 
 
 class Unsupported(Exception):
@@ -45,7 +46,7 @@ class LossStep:
     """One training step of the loss on a problem: forward, then backward, then release."""
 
     def __init__(self, loss: Loss, p: Problem) -> None:
-        self.inputs = [x.detach().requires_grad_() for x in (p.e, p.c)]
+        self.inputs = [x.detach().requires_grad_(p.frozen != side) for side, x in (("e", p.e), ("c", p.c))]
         self.targets = p.targets
         self.function = loss
         self.release()
@@ -55,23 +56,26 @@ class LossStep:
 
     def backward(self) -> None:
         # autograd.grad and not .backward(): nothing is added to, or zeroed for, an earlier .grad.
-        self.gradients = torch.autograd.grad(self.loss, self.inputs)
+        found = iter(torch.autograd.grad(self.loss, [x for x in self.inputs if x.requires_grad]))
+        self.gradients = tuple(next(found) if x.requires_grad else None for x in self.inputs)
 
     def release(self) -> None:
         self.loss: Tensor | None = None
-        self.gradients: tuple[Tensor, ...] | None = None
+        self.gradients: Gradients | None = None
 
 
 class ProductStep:
-    """The products of a dense step without its softmax: logits, then dE and dC from them.
+    """The products of a dense step without its softmax: logits, then dE and dC from them, unless they are frozen.
 
     Outputs are allocated by the first call.
     """
 
     def __init__(self, p: Problem) -> None:
         self.e, self.c = p.e, p.c
+        self.need_e, self.need_c = p.frozen != "e", p.frozen != "c"
         self.logits: Tensor | None = None
-        self.gradients: tuple[Tensor, Tensor] | None = None
+        self.grad_e: Tensor | None = None
+        self.grad_c: Tensor | None = None
 
     def forward(self) -> None:
         if self.logits is None:
@@ -79,10 +83,13 @@ class ProductStep:
         torch.mm(self.e, self.c.T, out=self.logits)
 
     def backward(self) -> None:
-        if self.gradients is None:
-            self.gradients = torch.empty_like(self.e), torch.empty_like(self.c)
-        torch.mm(self.logits, self.c, out=self.gradients[0])
-        torch.mm(self.logits.T, self.e, out=self.gradients[1])
+        assert self.logits is not None
+        if self.need_e:
+            self.grad_e = torch.empty_like(self.e) if self.grad_e is None else self.grad_e
+            torch.mm(self.logits, self.c, out=self.grad_e)
+        if self.need_c:
+            self.grad_c = torch.empty_like(self.c) if self.grad_c is None else self.grad_c
+            torch.mm(self.logits.T, self.e, out=self.grad_c)
 
     def release(self) -> None:
         """Nothing: the next call writes to the same tensors."""

@@ -26,6 +26,8 @@ METHODS = {
         Method("cce", ours.impl("cce"), draws=True),
         *(Method(name, ours.impl("cce", 2.0**-k), draws=True, on_request=True) for name, k in EPS.items()),
         Method("cce_exact", ours.impl("cce_exact")),
+        Method("cce_compiled", ours.compiled("cce"), compiled=True, draws=True, on_request=True),
+        Method("cce_exact_compiled", ours.compiled("cce_exact"), compiled=True, on_request=True),
         Method("cce_threshold", ours.impl("cce_threshold")),
         Method("torch_compile", ours.impl("torch_compile"), compiled=True),
         Method("baseline", plain.baseline),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+import torch
+
 import cce_ext
 
 from .method import Loss
@@ -15,3 +17,8 @@ def impl(name: str, filter_eps: float | Literal["auto"] = "auto") -> Callable[[f
         return lambda e, c, t: cce_ext.linear_cross_entropy(e, c, t, softcap=softcap, filter_eps=filter_eps, impl=name)
 
     return load
+
+
+def compiled(name: str) -> Callable[[float | None], Loss]:
+    """The same call inside a compiled function, as in a compiled model."""
+    return lambda softcap: torch.compile(impl(name)(softcap), fullgraph=True)

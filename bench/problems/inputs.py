@@ -24,13 +24,14 @@ IGNORE_INDEX = -100
 class Problem:
     """One instance of the loss: e [N, D], c [V, D] and targets [N] (int64) on one device.
 
-    origin: what a saved one says of where it is from.
+    origin: what a saved one says of where it is from. frozen: "e" or "c" where that one requires no gradient.
     """
 
     e: Tensor
     c: Tensor
     targets: Tensor
     origin: dict[str, Any] | None = None
+    frozen: str | None = None
 
 
 def make(data: str, n: int, d: int, v: int, *, dtype: torch.dtype, device: str, seed: int = 0) -> Problem:

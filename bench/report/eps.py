@@ -5,14 +5,13 @@ The first rows are dense PyTorch's: its own error, in the dtype of the run, is w
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from .. import arguments
-from ..measure.rows import Row
+from ..measure.rows import Row, inputs_of
 from ..peers.methods import DENSE, EPS, METHODS
-from .files import check
+from .files import read_bench
 
 HEADER = (
     *("gradient", "forward ms", "backward ms", "both ms", "x mm"),
@@ -22,11 +21,11 @@ HEADER = (
 
 def tables(meta: dict[str, Any], rows: list[Row]) -> str:
     """One table for each shape and data whose gradient errors were measured."""
-    places = dict.fromkeys((r["shape"], r["n"], r["d"], r["v"], r["data"]) for r in rows)
+    places = dict.fromkeys((r["shape"], r["n"], r["d"], r["v"], inputs_of(r)) for r in rows)
     softcap = f", softcap {meta['softcap']:g}" if meta["softcap"] else ""
     blocks = []
     for shape, n, d, v, data in places:
-        here = [r for r in rows if (r["n"], r["d"], r["v"], r["data"]) == (n, d, v, data)]
+        here = [r for r in rows if (r["n"], r["d"], r["v"], inputs_of(r)) == (n, d, v, data)]
         name = f"{shape}: " if "," not in shape else ""
         title = f"{name}N={n} D={d} V={v}, {data}, {meta['dtype']}{softcap}, {meta['device']}"
         blocks.append(f"{title}\n\n{table(here)}")
@@ -77,13 +76,9 @@ def main(argv: list[str]) -> int:
     blocks = []
     for file in args.files:
         try:
-            result = json.loads(file.read_text())
-            kind = check(result)
+            blocks.append(tables(*read_bench(file)))
         except (OSError, ValueError) as error:
-            parser.error(f"{file}: {error}")
-        if kind != "bench":
-            parser.error(f"{file}: a results file of another benchmark ({kind})")
-        blocks.append(tables(result["meta"], result["rows"]))
+            parser.error(str(error))
     text = "\n\n".join(blocks)
     print(text)
     if args.out is not None:

@@ -8,7 +8,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from ..measure.rows import COLUMNS, FIGURES, Row
+from ..measure.rows import ADDED, COLUMNS, FIGURES, Row
 from ..measure.timing import KINDS
 
 
@@ -18,6 +18,18 @@ def save(file: Path, meta: dict[str, Any], rows: list[Row]) -> None:
     check(result)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+
+def read_bench(file: Path) -> tuple[dict[str, Any], list[Row]]:
+    """Meta and rows of a file of `python -m bench`, with every column. Raises OSError or ValueError, with its name."""
+    try:
+        result = json.loads(file.read_text())
+        kind = check(result)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    if kind != "bench":
+        raise ValueError(f"{file}: a results file of another benchmark ({kind})")
+    return result["meta"], [ADDED | row for row in result["rows"]]
 
 
 _MACHINE = ("device", "torch", "commit", "command", "date")
@@ -107,11 +119,12 @@ def _check_bench(meta: dict[str, Any], rows: list[Row]) -> None:
         _require(key in meta, f"meta: no {key}")
     _require(isinstance(meta["packages"], dict) and "cce_ext" in meta["packages"], "meta: packages lacks cce_ext")
     seen = set()
-    for row in rows:
+    for given in rows:
+        row = given if ADDED.keys() & given.keys() else ADDED | given
         _require(set(row) == set(COLUMNS), f"a row has {sorted(set(row) ^ set(COLUMNS))} too many or too few")
         where = f"row {row['shape']} {row['method']} {row['kind']}"
         _require(row["kind"] in KINDS, f"{where}: kind")
-        for key in ("shape", "data", "method", "note"):
+        for key in ("shape", "data", "regime", "method", "note"):
             _require(isinstance(row[key], str), f"{where}: {key} is {row[key]!r}")
         for key in ("n", "d", "v"):
             _require(isinstance(row[key], int) and row[key] > 0, f"{where}: {key} is {row[key]!r}")
@@ -124,7 +137,7 @@ def _check_bench(meta: dict[str, Any], rows: list[Row]) -> None:
         else:
             ordered = row["runtime_p20"] <= row["runtime_ms"] <= row["runtime_p80"]
             _require(ordered, f"{where}: the median is not between the percentiles")
-        seen.add((row["shape"], row["n"], row["d"], row["v"], row["data"], row["method"], row["kind"]))
+        seen.add(tuple(row[key] for key in ("shape", "n", "d", "v", "data", "regime", "method", "kind")))
     _require(len(seen) == len(rows), "two rows are of the same measurement")
 
 

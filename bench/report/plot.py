@@ -1,19 +1,19 @@
 """`python -m bench plot FILE.. [--out FILE.png]`: time against memory, one panel a shape; cost against V and N.
 
-Shapes that differ only in V, or only in N, are a sweep: forward + backward against it, in place of a panel each.
+Shapes that differ only in V, or only in N, are a sweep: forward + backward against it, in place of a panel each. Where
+the host's time of a call was measured (--host), it is the dashed line of a method's colour.
 """
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from .. import arguments
-from ..measure.rows import Row
+from ..measure.rows import Row, inputs_of
 from ..peers.methods import EPS
-from .files import check
+from .files import read_bench
 
 # One colour a family, one marker a member.
 STYLES: dict[str, tuple[str, str]] = {
@@ -21,9 +21,12 @@ STYLES: dict[str, tuple[str, str]] = {
     "cce": ("#0057b8", "*"),
     **dict(zip(EPS, (("#9ecae1", x) for x in "<>^pPh"), strict=True)),
     "cce_exact": ("#0057b8", "o"),
+    "cce_compiled": ("#56b4e9", "*"),
+    "cce_exact_compiled": ("#56b4e9", "o"),
     "cce_threshold": ("#0057b8", "v"),
     "torch_compile": ("#e69f00", "o"),
     "baseline": ("#e69f00", "s"),
+    "compiled_baseline": ("#e69f00", "v"),
     "torch_chunked": ("#e69f00", "D"),
     "apple_cce": ("#cc3311", "o"),
     "apple_cce_exact": ("#cc3311", "s"),
@@ -42,15 +45,9 @@ def load(files: list[Path]) -> tuple[dict[str, Any], list[Row]]:
     rows: list[Row] = []
     first: dict[str, Any] = {}
     for file in files:
-        try:
-            result = json.loads(file.read_text())
-            kind = check(result)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
-        if kind != "bench":
-            raise ValueError(f"{file}: a results file of another benchmark ({kind})")
-        first = first or result["meta"]
-        rows += result["rows"]
+        meta, found = read_bench(file)
+        first = first or meta
+        rows += found
     return first, rows
 
 
@@ -61,7 +58,7 @@ def measured(rows: list[Row]) -> list[Row]:
 
 
 def place(row: Row) -> Place:
-    return row["n"], row["d"], row["v"], row["data"]
+    return row["n"], row["d"], row["v"], inputs_of(row)
 
 
 def find_sweeps(places: list[Place]) -> tuple[list[tuple[str, list[Place]]], list[Place]]:
@@ -79,6 +76,7 @@ def find_sweeps(places: list[Place]) -> tuple[list[tuple[str, list[Place]]], lis
 def draw(meta: dict[str, Any], rows: list[Row], file: Path) -> None:
     """One PNG. Raises ValueError if nothing was measured."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     rows = measured(rows)
     if not rows:
@@ -99,6 +97,8 @@ def draw(meta: dict[str, Any], rows: list[Row], file: Path) -> None:
     for axes in panels[:count]:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
+    if any(r["host_us"] and place(r) not in single for r in rows):
+        handles["dashed: the host's time"] = Line2D([], [], color="0.4", linewidth=1.0, linestyle="--")
     names = [m for m in STYLES if m in handles] + [m for m in handles if m not in STYLES]
     figure.legend(
         [handles[m] for m in names], names, loc="outside lower center", ncols=min(len(names), 3 * columns), fontsize=8
@@ -133,14 +133,12 @@ def draw_shape(axes: Any, rows: list[Row]) -> None:
     if products:
         axes.axhline(products[0]["runtime_ms"], color="0.35", linewidth=0.8, linestyle=":", zorder=1)
         at = (0.99, products[0]["runtime_ms"])
-        axes.annotate(
-            "the three products alone", at, xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7
-        )
+        axes.annotate("the products alone", at, xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=7)
     first = rows[0]
     axes.set(xscale="log", yscale="log", xlabel="peak memory over the inputs (MB)", ylabel="time (ms)")
     number_ticks(axes)
     name = f"{first['shape']}: " if "," not in first["shape"] else ""
-    axes.set_title(f"{name}N={first['n']} D={first['d']} V={first['v']}, {first['data']}", fontsize=9)
+    axes.set_title(f"{name}N={first['n']} D={first['d']} V={first['v']}, {inputs_of(first)}", fontsize=9)
     axes.grid(alpha=0.3, which="both", linewidth=0.5)
     axes.margins(0.12)
 
@@ -152,15 +150,19 @@ def draw_sweep(axes: Any, axis: str, rows: list[Row]) -> None:
         color, marker = STYLES.get(method, ("0.6", "o"))
         size = 11 if marker == "*" else 6
         axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=size, linewidth=1.2, label=method)
+        hosts = sorted((r[axis], 1e-3 * r["host_us"]) for r in rows if r["method"] == method and r["host_us"])
+        if hosts:
+            axes.plot(*zip(*hosts, strict=True), color=color, linewidth=1.0, linestyle="--", zorder=1)
     first = rows[0]
     fixed = f"N={first['n']} D={first['d']}" if axis == "v" else f"D={first['d']} V={first['v']}"
     axes.set(xscale="log", yscale="log", ylabel="time (ms)")
     axes.set_xlabel("vocabulary V" if axis == "v" else "tokens N")
     values = sorted({r[axis] for r in rows})
-    axes.set_xticks(values, [str(x) for x in values], fontsize=8)
+    # A long sweep has names of one size that would touch.
+    axes.set_xticks(values, [str(x) for x in values], fontsize=8 if len(values) < 9 else 7)
     axes.minorticks_off()
     number_ticks(axes, x=False)
-    axes.set_title(f"{fixed}, {first['data']}", fontsize=9)
+    axes.set_title(f"{fixed}, {inputs_of(first)}", fontsize=9)
     axes.grid(alpha=0.3, which="both", linewidth=0.5)
 
 

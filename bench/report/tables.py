@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from ..measure.rows import Row
+from collections.abc import Callable
+
+from ..measure.rows import Row, inputs_of
+
+# Columns that few runs have: their heads, and how their figures are written.
+MORE = {"x_live": ("x live", ".2f"), "host_us": ("host us", ".0f")}
 
 
 def table(rows: list[Row]) -> str:
-    """The rows of one shape: a line a method and kind, then what was not measured."""
-    width = max(len(r["method"]) for r in rows)
+    """The rows of one shape and regime: a line a method and kind, then what was not measured.
+
+    `x live` and `host us` are there where they were measured.
+    """
+    width = max(len("method"), *(len(r["method"]) for r in rows))
+    more, heads = _more(rows)
     lines = [
         f"{'method':<{width}} {'kind':<10} {'runtime_ms':>10} {'op_mem_mb':>9} {'test_data':<9}"
-        f" {'p20-p80':>17} {'x mm':>6} {'TFLOP/s':>7} {'dE error':>8} {'dC error':>8} {'mean of 8':>17}  note"
+        f" {'p20-p80':>17} {'x mm':>6}{heads} {'TFLOP/s':>7} {'dE error':>8} {'dC error':>8} {'mean of 8':>17}  note"
     ]
     for r in rows:
         if r["runtime_ms"] is None:
@@ -19,7 +28,7 @@ def table(rows: list[Row]) -> str:
         mean = "" if r["de_err_mean8"] is None else f"{r['de_err_mean8']:.1e}, {_number(r['dc_err_mean8'], '.1e')}"
         lines.append(
             f"{r['method']:<{width}} {r['kind']:<10} {r['runtime_ms']:>10.3f} {_number(r['op_mem_mb'], '.1f'):>9}"
-            f" {r['data'][:9]:<9} {both:>17} {_number(r['x_mm'], '.2f'):>6} {_number(r['tflops'], '.3g'):>7}"
+            f" {r['data'][:9]:<9} {both:>17} {_number(r['x_mm'], '.2f'):>6}{more(r)} {_number(r['tflops'], '.3g'):>7}"
             f" {_number(r['de_err'], '.1e'):>8} {_number(r['dc_err'], '.1e'):>8} {mean:>17}  {r['note']}".rstrip()
         )
     without = {r["method"]: r["note"] for r in rows if r["runtime_ms"] is None}
@@ -29,11 +38,17 @@ def table(rows: list[Row]) -> str:
 
 def short_table(rows: list[Row]) -> str:
     """Forward and forward + backward beside the plain product, a line a shape and method."""
-    several = len({r["data"] for r in rows}) > 1
-    names = {r["data"]: f" {r['data']:<16}" if several else "" for r in rows}
-    head = f" {'data':<16}" if several else ""
-    lines = [f"{'shape':<14}{head} {'method':<24} {'fw ms':>9} {'x mm':>6} {'fw+bw ms':>9} {'x mm':>6} {'MB':>8}"]
-    pairs = {(r["shape"], r["data"], r["method"], r["kind"]): r for r in rows}
+    names = {inputs_of(r): "" for r in rows}
+    head = ""
+    if len(names) > 1:
+        width = max(16, *map(len, names))
+        names = {name: f" {name:<{width}}" for name in names}
+        head = f" {'data':<{width}}"
+    more, heads = _more(rows)
+    lines = [
+        f"{'shape':<14}{head} {'method':<24} {'fw ms':>9} {'x mm':>6} {'fw+bw ms':>9} {'x mm':>6}{heads} {'MB':>8}"
+    ]
+    pairs = {(r["shape"], inputs_of(r), r["method"], r["kind"]): r for r in rows}
     for shape, data, method, kind in pairs:
         if kind != "loss-fw":
             continue
@@ -43,9 +58,20 @@ def short_table(rows: list[Row]) -> str:
             continue
         lines.append(
             f"{shape:<14}{names[data]} {method:<24} {forward['runtime_ms']:>9.3f} {_number(forward['x_mm'], '.2f'):>6}"
-            f" {both['runtime_ms']:>9.3f} {_number(both['x_mm'], '.2f'):>6} {_number(both['op_mem_mb'], '.0f'):>8}"
+            f" {both['runtime_ms']:>9.3f} {_number(both['x_mm'], '.2f'):>6}{more(both)}"
+            f" {_number(both['op_mem_mb'], '.0f'):>8}"
         )
     return "\n".join(lines)
+
+
+def _more(rows: list[Row]) -> tuple[Callable[[Row], str], str]:
+    """Of the columns of MORE that were measured: what a row has in them, and their heads."""
+    there = {key: x for key, x in MORE.items() if any(r[key] is not None for r in rows)}
+
+    def cells(row: Row) -> str:
+        return "".join(f" {_number(row[key], form):>7}" for key, (_, form) in there.items())
+
+    return cells, "".join(f" {head:>7}" for head, _ in there.values())
 
 
 def _number(x: float | None, form: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -91,6 +93,19 @@ def dense(p: Problem, g_nll: Tensor, g_lse: Tensor) -> tuple[Tensor, Tensor, lis
 
 def oracle(p: Problem, g_nll: Tensor, g_lse: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
     return dense(p.to(torch.float64), g_nll, g_lse)
+
+
+@contextmanager
+def full_of_nan() -> Iterator[None]:
+    """What is allocated is NaN (or the largest integer) until it is written: torch's aid for deterministic algorithms.
+
+    The operators of 16 bits, called by themselves, do not ask for these algorithms themselves.
+    """
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def error(x: Tensor, exact: Tensor) -> float:
