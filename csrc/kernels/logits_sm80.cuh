@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "kernels/copy_rows.cuh"
+#include "kernels/live_rows.cuh"
 #include "kernels/logits_sm80_config.h"
 #include "tile/ring.cuh"
 #include "tile/schedule.h"
@@ -16,16 +17,10 @@ template <typename Element>
 struct LogitsOperands {
   Rows<Element> e, c;
   int d;
+  int steps;  // stages that D takes, counted on the host: the kernel has no register left to keep them
   int stages;
-  LogitsSchedule schedule;
-  // Of the schedule and d, counted on the host: the kernel has no register left to keep them.
-  int units;
-  int steps;
-
-  void count() {
-    units = schedule.units();
-    steps = (d + kLogitsDepth - 1) / kLogitsDepth;
-  }
+  LogitsSchedule schedule;  // of all rows of E
+  LiveRows live;
 };
 
 // The stream of stages that a block consumes, across all its units: while an epilogue runs, the first stages
@@ -33,15 +28,20 @@ struct LogitsOperands {
 template <typename Element>
 class LogitsLoader {
  public:
-  __device__ __forceinline__ explicit LogitsLoader(const LogitsOperands<Element>& operands)
-      : operands_(operands), unit_index_(blockIdx.x) {
+  __device__ __forceinline__ LogitsLoader(const LogitsOperands<Element>& operands, const LogitsWork& work)
+      : operands_(operands), work_(work), unit_index_(blockIdx.x) {
     begin_unit();
   }
 
   // Starts the copies of the next stage, or none after the last.
   __device__ __forceinline__ void operator()(uint32_t stage) {
-    if (unit_index_ >= operands_.units) return;
-    copy_rows_of_mn<kLogitsRows>(stage, operands_.e, row_, depth_, operands_.d);
+    if (unit_index_ >= work_.units) return;
+    if (work_.gathers) {
+      copy_listed_rows_of_mn<kLogitsRows>(stage, operands_.e, operands_.live.tokens, work_.rows, row_, depth_,
+                                          operands_.d);
+    } else {
+      copy_rows_of_mn<kLogitsRows>(stage, operands_.e, row_, depth_, operands_.d);
+    }
     copy_rows_of_mn<kLogitsColumns>(stage + kLogitsTileE, operands_.c, column_, depth_, operands_.d);
     depth_ += kLogitsDepth;
     if (depth_ >= operands_.d) begin_next_block();
@@ -57,14 +57,15 @@ class LogitsLoader {
   }
 
   __device__ __forceinline__ void begin_unit() {
-    if (unit_index_ >= operands_.units) return;
-    const LogitsUnit unit = operands_.schedule.unit(unit_index_);
+    if (unit_index_ >= work_.units) return;
+    const LogitsUnit unit = work_.schedule.unit(unit_index_);
     row_ = unit.row_block * kLogitsRows;
     column_ = unit.first_column_block * kLogitsColumns;
     end_column_ = unit.end_column_block * kLogitsColumns;
   }
 
   const LogitsOperands<Element>& operands_;
+  const LogitsWork& work_;  // shared
   int unit_index_;
   int row_, column_;  // first rows of e and of c
   int end_column_;
@@ -87,16 +88,19 @@ __global__ void __launch_bounds__(kLogitsThreads, 1)
   const int warp = thread / kWarpLanes;
   const uint32_t ring = shared_address(shared);
   Epilogue epilogue(arguments, shared + operands.stages * kLogitsStageBytes);
+  __shared__ LogitsWork work;
+  if (thread == 0) work.find(operands.schedule, operands.live, operands.e.count, kLogitsRows);
+  __syncthreads();
 
   // Load
-  LogitsLoader<Element> loader(operands);
+  LogitsLoader<Element> loader(operands, work);
   StageStream<kLogitsStageBytes, LogitsLoader<Element>> stream(ring, operands.stages, loader);
 
   // Compute
   LogitsProduct<Element> product(thread % kWarpLanes, warp / kLogitsWarpsN * (kLogitsRows / kLogitsWarpsM),
                                  warp % kLogitsWarpsN * (kLogitsColumns / kLogitsWarpsN));
-  for (int index = blockIdx.x; index < operands.units; index += gridDim.x) {
-    const LogitsUnit unit = operands.schedule.unit(index);
+  for (int index = blockIdx.x; index < work.units; index += gridDim.x) {
+    const LogitsUnit unit = work.schedule.unit(index);
     epilogue.begin(unit);
     for (int block = unit.first_column_block; block < unit.end_column_block; ++block) {
       product.clear();

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "kernels/live_rows.cuh"
 #include "ptx/math.cuh"
 #include "tile/softcap.cuh"
 #include "tile/target.cuh"
@@ -17,9 +18,10 @@ struct LseArguments {
   const Element* bias;  // [V] or null
   int64_t bias_stride;
   Softcap softcap;
+  LiveRows live;              // R of the N tokens
   const float* label_logits;  // [N]
   uint16_t* tile_map;         // [V / 256, N] or null
-  float* partial_lse;         // [splits, N]
+  float* partial_lse;         // [splits, R]
   int n, v;
 };
 
@@ -66,27 +68,39 @@ struct TileSums {
 constexpr int kLseFinishThreads = 128;
 
 struct LseFinishArguments {
-  const float* partial_lse;   // [splits, n]
+  LiveRows live;              // R of the n tokens
+  const float* partial_lse;   // [splits, R]
   const float* label_logits;  // [n]
   Targets targets;            // [n]
   int64_t ignore_index;
-  float* nll;  // [n]
-  float* lse;  // [n]
-  int n, splits;
+  float* nll;          // [n]
+  float* lse;          // [n]
+  uint16_t* tile_map;  // [tiles, n] or null
+  int n, tiles;
 };
 
-// Joins the partial log-sum-exps of each token, in their order. An ignored token's loss and lse are 0.
+// Joins the partial log-sum-exps of each token, in their order. An ignored token's loss and lse are 0, and
+// its codes say "or less".
 static __global__ void __launch_bounds__(kLseFinishThreads) lse_finish_kernel(LseFinishArguments a) {
-  const int row = static_cast<int>(blockIdx.x) * kLseFinishThreads + static_cast<int>(threadIdx.x);
-  if (row >= a.n) return;
-  MaxSum total = MaxSum::none();
-  for (int split = 0; split < a.splits; ++split) {
-    total.add({a.partial_lse[static_cast<int64_t>(split) * a.n + row], 1.0f});
+  const int index = static_cast<int>(blockIdx.x) * kLseFinishThreads + static_cast<int>(threadIdx.x);
+  if (index >= a.n) return;
+  const LiveCount live = *a.live.count;
+  if (index < live.rows) {
+    const int token = a.live.token(index);
+    MaxSum total = MaxSum::none();
+    for (int split = 0; split < live.splits; ++split) {
+      total.add({a.partial_lse[static_cast<int64_t>(split) * live.rows + index], 1.0f});
+    }
+    const float lse = total.lse();
+    a.lse[token] = lse;
+    a.nll[token] = lse - a.label_logits[token];
   }
-  const bool ignored = a.targets[row] == a.ignore_index;
-  const float lse = total.lse();
-  a.lse[row] = ignored ? 0.0f : lse;
-  a.nll[row] = ignored ? 0.0f : lse - a.label_logits[row];
+  if (a.targets[index] == a.ignore_index) {
+    a.lse[index] = 0.0f;
+    a.nll[index] = 0.0f;
+    if (a.tile_map == nullptr) return;
+    for (int tile = 0; tile < a.tiles; ++tile) a.tile_map[static_cast<int64_t>(tile) * a.n + index] = 0;
+  }
 }
 
 }  // namespace cce

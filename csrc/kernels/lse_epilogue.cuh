@@ -44,15 +44,16 @@ class LseEpilogue {
       tile.add(exchange[other * kLogitsRows + ptx::thread_number()]);
     running_[ptx::thread_number()].add(tile.max_sum());
     const int row = own_row(unit);
-    if (a_.tile_map != nullptr && row < a_.n) {
-      a_.tile_map[static_cast<int64_t>(column_block) * a_.n + row] = tile.code(a_.label_logits[row]);
+    if (a_.tile_map != nullptr && row < a_.live.count->rows) {
+      const int token = a_.live.token(row);
+      a_.tile_map[static_cast<int64_t>(column_block) * a_.n + token] = tile.code(a_.label_logits[token]);
     }
   }
 
   __device__ __forceinline__ void finish(const LogitsUnit& unit) {
-    const int row = own_row(unit);
-    if (has_row() && row < a_.n) {
-      a_.partial_lse[static_cast<int64_t>(unit.split) * a_.n + row] = running_[ptx::thread_number()].lse();
+    const int row = own_row(unit), rows = a_.live.count->rows;
+    if (has_row() && row < rows) {
+      a_.partial_lse[static_cast<int64_t>(unit.split) * rows + row] = running_[ptx::thread_number()].lse();
     }
     __syncthreads();
   }

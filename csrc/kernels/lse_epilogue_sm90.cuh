@@ -16,6 +16,7 @@ template <typename Element, int kPolynomialEighths>
 class LseEpilogueSm90 {
  public:
   using Arguments = LseArguments<Element>;
+  static constexpr bool kMayGather = true;
 
   __device__ __forceinline__ explicit LseEpilogueSm90(const Arguments& a)
       : a_(a), lane_(static_cast<int>(threadIdx.x) % kWarpLanes) {}
@@ -23,8 +24,9 @@ class LseEpilogueSm90 {
   __device__ __forceinline__ void begin(int row_block) {
     const int warp = static_cast<int>(threadIdx.x) / kWarpLanes;
     row_ = row_block * LogitsSm90::kRows + 16 * warp + 8 * own_row() + lane_ / 4;
-    writes_ = lane_ % 4 < 2 && row_ < a_.n;
-    label_logit_ = writes_ && a_.tile_map != nullptr ? a_.label_logits[row_] : 0.0f;
+    writes_ = lane_ % 4 < 2 && row_ < a_.live.count->rows;
+    token_ = writes_ ? a_.live.token(row_) : 0;
+    label_logit_ = writes_ && a_.tile_map != nullptr ? a_.label_logits[token_] : 0.0f;
     running_ = MaxSum::none();
   }
 
@@ -36,12 +38,13 @@ class LseEpilogueSm90 {
     const TileSums tile = reduce(sums);
     running_.add(tile.max_sum());
     if (writes_ && a_.tile_map != nullptr) {
-      a_.tile_map[static_cast<int64_t>(column_block) * a_.n + row_] = tile.code(label_logit_);
+      a_.tile_map[static_cast<int64_t>(column_block) * a_.n + token_] = tile.code(label_logit_);
     }
   }
 
   __device__ __forceinline__ void finish(int split) {
-    if (writes_) a_.partial_lse[static_cast<int64_t>(split) * a_.n + row_] = running_.lse();
+    if (!writes_) return;
+    a_.partial_lse[static_cast<int64_t>(split) * a_.live.count->rows + row_] = running_.lse();
   }
 
  private:
@@ -93,7 +96,8 @@ class LseEpilogueSm90 {
 
   const Arguments& a_;
   const int lane_;
-  int row_ = 0;  // the lane's own
+  int row_ = 0;  // the lane's own, of those that count
+  int token_ = 0;
   bool writes_ = false;
   float label_logit_ = 0.0f;
   MaxSum running_ = MaxSum::none();

@@ -2,6 +2,7 @@
 
 #include <cuda_runtime.h>
 
+#include "kernels/live_rows.cuh"
 #include "kernels/logits_sm80.cuh"
 #include "kernels/lse.cuh"
 #include "launch/dtype.cuh"
@@ -38,12 +39,18 @@ inline Targets targets_of(const LossInputs& in) {
   return {in.targets, in.target_stride, in.targets_are_int64};
 }
 
+inline LiveRows live_rows_of(const LceForwardParams& p) {
+  static_assert(sizeof(LiveCount) == kLiveCountBytes, "what the operator allocates");
+  return {p.live_tokens, static_cast<const LiveCount*>(p.live_count)};
+}
+
 template <typename Element>
 LseArguments<Element> lse_arguments(const LceForwardParams& p) {
   LseArguments<Element> a;
   a.bias = bias_from<Element>(p.in, 0);
   a.bias_stride = p.in.bias_stride;
   a.softcap = softcap_of(p.in);
+  a.live = live_rows_of(p);
   a.label_logits = p.label_logits;
   a.tile_map = static_cast<uint16_t*>(p.tile_map);
   a.partial_lse = p.partial_lse;

@@ -160,38 +160,31 @@ inline LogitsPlan plan_logits(const LossInputs& in, const DeviceLimits& limits) 
 
 struct LceForwardPlan {
   LogitsPlan logits;
-  LogitsSchedule schedule;  // of rows as many as a cluster's
+  LogitsSchedule schedule;  // where all tokens count; of rows as many as a cluster's
+  ForwardSplits splits;     // by which the device chooses for those that do
   int blocks;
+  int64_t partials;    // that any number of rows may need
   const char* reason;  // for the splits
 };
-
-// Partial log-sum-exps may take 2 MB, or one run of columns a token.
-constexpr int64_t kMaxPartials = int64_t{1} << 19;
 
 inline LceForwardPlan plan_lce_forward(const LossInputs& in, const DeviceLimits& limits) {
   LceForwardPlan plan{};
   plan.logits = plan_logits(in, limits);
   plan.schedule = plan.logits.schedule(in.n, in.v);
-  const int64_t most =
-      std::min<int64_t>(plan.schedule.column_blocks, std::max<int64_t>(1, kMaxPartials / in.n));
-  // The time of a unit beside its columns, in column blocks: its row block's first stages come from further
-  // away.
-  constexpr double kUnitCost = 0.1;
-  double least = 0;
+  plan.splits = {plan.schedule.column_blocks, limits.multiprocessors, kLogitsRows, plan.logits.cluster > 1};
+  const int most = plan.splits.most(in.n);
+  plan.schedule.splits = 0;
   for (int splits = 1; splits <= most; ++splits) {
-    const int64_t units = static_cast<int64_t>(plan.schedule.row_blocks) * splits;
-    const double waves = static_cast<double>(ceil_div(units, plan.logits.slots));
-    const double time =
-        waves * (static_cast<double>(ceil_div(plan.schedule.column_blocks, splits)) + kUnitCost);
-    if (splits == 1 || time < least) {
-      least = time;
+    if (splits == 1 || plan.splits.time(in.n, splits) < plan.splits.time(in.n, plan.schedule.splits)) {
       plan.schedule.splits = splits;
     }
   }
   plan.reason = plan.schedule.splits == most && most < plan.schedule.column_blocks
-                    ? "as many runs of columns as 2 MB of partial sums hold"
+                    ? "as many runs of columns as 1.5 MB of partial sums hold"
                     : "the runs of columns that leave the last wave fullest";
-  plan.blocks = plan.logits.blocks(plan.schedule);
+  // Fewer rows may have more units.
+  plan.blocks = plan.logits.cluster * plan.logits.slots;
+  plan.partials = std::min(in.n * plan.schedule.column_blocks, std::max(in.n, kMaxPartials));
   return plan;
 }
 

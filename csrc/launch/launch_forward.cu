@@ -19,6 +19,7 @@ LaunchError launch_lse(const LceForwardParams& p, const LceForwardPlan& plan, vo
   return dispatch_16bit(p.in.dtype, [&](auto element) {
     using Element = decltype(element);
     return launch_logits_sm80<Element, LseEpilogue<Element>>(p.in, 0, p.in.v, plan.logits, plan.schedule,
+                                                             live_rows_of(p), plan.blocks,
                                                              lse_arguments<Element>(p), stream);
   });
 }
@@ -30,22 +31,28 @@ LaunchError launch_lce_forward(const LceForwardParams& p, const LceForwardPlan& 
   if (p.in.n == 0) return {};
   const cudaError_t error = cudaSetDevice(device);
   if (error != cudaSuccess) return cuda_error(error);
+  const auto on = static_cast<cudaStream_t>(stream);
+  const LiveRowsArguments r = {targets_of(p.in), p.in.ignore_index, static_cast<int>(p.in.n),
+                               plan.splits,      p.live_tokens,     static_cast<LiveCount*>(p.live_count)};
+  live_rows_kernel<<<1, kLiveThreads, 0, on>>>(r);
   // An empty vocabulary, such as a shard may have, has no product: its log-sum-exp is -inf.
   if (p.in.v > 0) {
     if (const LaunchError failed = launch_lse(p, plan, stream)) return failed;
   }
 
   LseFinishArguments f;
+  f.live = live_rows_of(p);
   f.partial_lse = p.partial_lse;
   f.label_logits = p.label_logits;
   f.targets = targets_of(p.in);
   f.ignore_index = p.in.ignore_index;
   f.nll = p.nll;
   f.lse = p.lse;
+  f.tile_map = static_cast<uint16_t*>(p.tile_map);
   f.n = static_cast<int>(p.in.n);
-  f.splits = plan.schedule.splits;
+  f.tiles = static_cast<int>(ceil_div(p.in.v, kTileColumns));
   const auto blocks = static_cast<unsigned>(ceil_div(p.in.n, kLseFinishThreads));
-  lse_finish_kernel<<<blocks, kLseFinishThreads, 0, static_cast<cudaStream_t>(stream)>>>(f);
+  lse_finish_kernel<<<blocks, kLseFinishThreads, 0, on>>>(f);
   return cuda_error(cudaGetLastError());
 }
 

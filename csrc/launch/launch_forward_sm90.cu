@@ -8,8 +8,8 @@ LaunchError launch_lse_sm90(const LceForwardParams& p, const LceForwardPlan& pla
   return dispatch_16bit(p.in.dtype, [&](auto element) {
     using Element = decltype(element);
     using Epilogue = LseEpilogueSm90<Element, kSm90PolynomialEighths>;
-    return launch_logits_sm90<Element, Epilogue>(p.in, 0, p.in.v, plan.logits, plan.schedule,
-                                                 lse_arguments<Element>(p), stream);
+    return launch_logits_sm90<Element, Epilogue>(p.in, 0, p.in.v, plan.logits, plan.schedule, live_rows_of(p),
+                                                 plan.blocks, lse_arguments<Element>(p), stream);
   });
 }
 

@@ -27,15 +27,19 @@ struct LabelLogitsParams {
   void* out;  // [n], contiguous: float, or double for double e
 };
 
+constexpr int64_t kLiveCountBytes = 8;
+
 // Rows of e and c are multiples of 16 bytes apart, begin at one, and have d % 8 == 0 elements. All that is
 // written is contiguous.
 struct LceForwardParams {
   LossInputs in;
-  const float* label_logits;  // [n]
-  float* partial_lse;         // scratch: [splits, n]
-  void* tile_map;             // [tiles, n] codes of 16 bits, or null
-  float* nll;                 // [n]
-  float* lse;                 // [n]
+  float* label_logits;  // [n]
+  int* live_tokens;     // scratch: [n]
+  void* live_count;     // scratch: LiveCount
+  float* partial_lse;   // scratch: the plan's partials
+  void* tile_map;       // [tiles, n] codes of 16 bits, or null
+  float* nll;           // [n]
+  float* lse;           // [n]
 };
 
 // As LceForwardParams; what a backward shares, whichever pairs it visits.

@@ -14,6 +14,7 @@
 #include "ops/inputs.h"
 #include "ops/namespace.h"
 #include "ops/portable.h"
+#include "ops/workspace.h"
 
 namespace cce {
 namespace {
@@ -67,55 +68,40 @@ void visits(LceBackwardParams params, const Tensor& tile_map, const int64_t* see
   plan.wait_milliseconds = watchdog_milliseconds();
   const VisitLayout& layout = plan.layout;
   const int64_t tiles = plan.tiles;
-  const auto ints = [&e](int64_t count) { return new_empty(e, {count}, ScalarType::Int); };
-  const auto floats = [&e](int64_t rows, int64_t width) {
-    return new_empty(e, {rows, width}, ScalarType::Float);
-  };
-  const Tensor sum_e = floats(need_e && !layout.borrows() ? in.n : 0, in.d);
-  params.sum_e = static_cast<float*>(sum_e.mutable_data_ptr());
-  const Tensor mask = ints(tiles * plan.words);
-  const Tensor counts = ints(tiles);
-  const Tensor order = ints(layout.strips);
-  const Tensor chunk_begins = ints(2 * (layout.max_chunks + 1));
-  const Tensor pending = ints(layout.max_gates());
-  const Tensor items = ints(layout.max_items * static_cast<int64_t>(sizeof(VisitItem) / sizeof(int)));
-  const Tensor residual_e = new_empty(e, {need_c ? tiles : 0, in.d});
-  const Tensor residual_sums = floats(need_bias ? tiles : 0, 1);
-  const Tensor mean = new_empty(e, {in.d});
-  const Tensor mean_sums = floats(kMeanSplits, in.d);
-  const bool finds = plan.shape.finds_centroids;
-  const Tensor weights = new_empty(e, {finds ? 0 : tiles, kTileColumns});
-  Tensor centroids = new_empty(e, {tiles, in.d});
-  const bool lent = layout.borrows() && layout.finds_centroids;
-  Tensor residual = new_empty(e, {lent ? 0 : tiles, layout.residual_stride});
+  Workspace space;
   VisitsScratch scratch{};
   scratch.tile_map = tile_map.const_data_ptr();
   scratch.seed = seed;
   scratch.eps = eps;
-  scratch.mask = mask.mutable_data_ptr();
-  scratch.counts = counts.mutable_data_ptr();
-  scratch.order = order.mutable_data_ptr();
-  scratch.chunk_begins = chunk_begins.mutable_data_ptr();
-  scratch.pending = pending.mutable_data_ptr();
-  scratch.items = items.mutable_data_ptr();
-  scratch.mean_sums = static_cast<float*>(mean_sums.mutable_data_ptr());
-  scratch.mean = mean.mutable_data_ptr();
-  scratch.weights = weights.mutable_data_ptr();
-  scratch.centroids = centroids.mutable_data_ptr();
-  scratch.residual = residual.mutable_data_ptr();
-  scratch.residual_e = residual_e.mutable_data_ptr();
-  scratch.residual_sums = static_cast<float*>(residual_sums.mutable_data_ptr());
+  const int64_t element = 2, word = 4;
+  if (need_e && !layout.borrows()) space.add(params.sum_e, in.n * in.d * word);
+  space.add(scratch.mask, tiles * plan.words * word);
+  space.add(scratch.counts, tiles * word);
+  space.add(scratch.order, layout.strips * word);
+  space.add(scratch.chunk_begins, 2 * (layout.max_chunks + 1) * word);
+  space.add(scratch.pending, layout.max_gates() * word);
+  space.add(scratch.items, layout.max_items * static_cast<int64_t>(sizeof(VisitItem)));
+  space.add(scratch.mean, in.d * element);
+  space.add(scratch.mean_sums, kMeanSplits * in.d * word);
+  if (need_c) space.add(scratch.residual_e, tiles * in.d * element);
+  if (need_bias) space.add(scratch.residual_sums, tiles * word);
+  if (!plan.shape.finds_centroids) space.add(scratch.weights, tiles * kTileColumns * element);
+  // Unless the visits find the centroids, these are done with before the ring is wanted: they never live
+  // together.
+  Workspace early;
+  (layout.finds_centroids ? space : early).add(scratch.centroids, tiles * in.d * element);
+  if (!(layout.borrows() && layout.finds_centroids)) {
+    (layout.finds_centroids ? space : early).add(scratch.residual, tiles * layout.residual_stride * element);
+  }
+  const Tensor memory = space.allocate(e);
+  Tensor early_memory = early.allocate(e);
   check_launch(kOp, launch_visits_plan(params, scratch, plan, current_blas(), scope.device(), scope.stream()),
                e);
-  if (!layout.finds_centroids) {
-    // Done with before the ring is wanted: they never live together.
-    centroids = new_empty(e, {0});
-    residual = new_empty(e, {0});
-  }
-  const Tensor dz = new_empty(e, {layout.ring_rows(), layout.columns});
-  const Tensor tokens = ints(layout.ring_rows());
-  scratch.dz = dz.mutable_data_ptr();
-  scratch.tokens = tokens.mutable_data_ptr();
+  early_memory = new_empty(e, {0});
+  Workspace late;
+  late.add(scratch.dz, layout.ring_rows() * layout.columns * element);
+  late.add(scratch.tokens, layout.ring_rows() * word);
+  const Tensor ring = late.allocate(e);
   check_launch(kOp, launch_visits(params, scratch, plan, scope.device(), scope.stream()), e);
 }
 

@@ -13,6 +13,7 @@
 #include "ops/inputs.h"
 #include "ops/namespace.h"
 #include "ops/portable.h"
+#include "ops/workspace.h"
 
 namespace cce {
 namespace {
@@ -44,16 +45,19 @@ std::tuple<Tensor, Tensor, Tensor> lce_forward(const Tensor& e_in, const Tensor&
   const Tensor c = with_vector_rows(c_in);
   const LossInputs in = loss_inputs(dtype, e, c, bias, targets, ignore_index, softcap);
   const LceForwardPlan plan = plan_lce_forward(in, device_limits(kOp, e));
-  const Tensor label_logits = new_empty(e, {n}, ScalarType::Float);
-  const Tensor partial_lse = new_empty(e, {plan.schedule.splits, n}, ScalarType::Float);
-  const LabelLogitsParams label = {in, label_logits.mutable_data_ptr()};
   LceForwardParams params{};
   params.in = in;
-  params.label_logits = static_cast<const float*>(label_logits.const_data_ptr());
-  params.partial_lse = static_cast<float*>(partial_lse.mutable_data_ptr());
   params.tile_map = need_map ? tile_map.mutable_data_ptr() : nullptr;
   params.nll = static_cast<float*>(nll.mutable_data_ptr());
   params.lse = static_cast<float*>(lse.mutable_data_ptr());
+  const int64_t word = 4;
+  Workspace space;
+  space.add(params.label_logits, n * word);
+  space.add(params.live_tokens, n * word);
+  space.add(params.live_count, kLiveCountBytes);
+  space.add(params.partial_lse, plan.partials * word);
+  const Tensor memory = space.allocate(e);
+  const LabelLogitsParams label = {in, params.label_logits};
   check_launch(kOp, launch_label_logits(label, scope.device(), scope.stream()), e);
   check_launch(kOp, launch_lce_forward(params, plan, scope.device(), scope.stream()), e);
   return {nll, lse, tile_map};

@@ -78,6 +78,7 @@ py::dict plan_lce_forward(int64_t n, int64_t v, int multiprocessors, int shared_
   result["row_blocks"] = plan.schedule.row_blocks;
   result["column_blocks"] = plan.schedule.column_blocks;
   result["splits"] = plan.schedule.splits;
+  result["partials"] = plan.partials;
   result["units"] = units;
   result["stages"] = plan.logits.stages;
   result["shared_bytes"] = plan.logits.shared_bytes;

@@ -1,0 +1,45 @@
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace cce {
+
+// Scratch memory of several parts in one allocation: an allocator's call takes longer than most kernels.
+class Workspace {
+ public:
+  // A part of so many bytes, to which allocate() points `pointer`.
+  template <typename T>
+  void add(T*& pointer, int64_t bytes) {
+    parts_.push_back({&pointer, bytes_});
+    bytes_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  }
+
+  // On the tensor's device. The parts live as long as what it returns.
+  torch::stable::Tensor allocate(const torch::stable::Tensor& like) const {
+    const torch::stable::Tensor memory =
+        torch::stable::new_empty(like, {bytes_}, torch::headeronly::ScalarType::Byte);
+    auto* begin = static_cast<unsigned char*>(memory.mutable_data_ptr());
+    for (const Part& part : parts_) {
+      // Pointers to different types, that all look alike.
+      unsigned char* at = begin + part.offset;
+      std::memcpy(part.pointer, &at, sizeof at);
+    }
+    return memory;
+  }
+
+ private:
+  static constexpr int64_t kAlignment = 256;
+  struct Part {
+    void* pointer;
+    int64_t offset;
+  };
+  std::vector<Part> parts_;
+  int64_t bytes_ = 0;
+};
+
+}  // namespace cce
