@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd.forward_ad import _is_fwd_grad_enabled, unpack_dual
 
 if TYPE_CHECKING:
     from .vocab_parallel import VocabParallelOptions
@@ -226,6 +226,26 @@ def check_transforms(e: Tensor, c: Tensor, bias: Tensor | None) -> None:
         f"linear_cross_entropy: {what} served by impl='reference' only; the others have their gradient by "
         "loss.backward() and torch.autograd.grad"
     )
+
+
+def may_need_seed(may_train: bool) -> bool:
+    """Whether there may be a backward, given that one of e, c and bias requires a gradient, in whatever grad mode.
+
+    In an autograd.Function's forward, such as the first one of reentrant checkpointing, what is computed requires none:
+    there c may be frozen and e still need a gradient. Forward-mode AD is off there, and in no other mode but inference.
+    """
+    if torch.compiler.is_compiling():  # which cannot ask for the modes
+        return may_train
+    return (may_train or not _is_fwd_grad_enabled()) and not torch.is_inference_mode_enabled()
+
+
+def unwrapped(x: Tensor) -> Tensor:
+    """What torch.func's transforms have wrapped as x, if they have: all of a batch, and what autograd knows it as."""
+    if torch.compiler.is_compiling():
+        return x
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
 
 
 def check_softcap(softcap: float | None) -> None:
