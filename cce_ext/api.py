@@ -25,6 +25,7 @@ from .options import (
     check_shift,
     check_softcap,
     check_target_range,
+    check_tensor,
     check_tensors,
     check_transforms,
     is_a,
@@ -240,13 +241,18 @@ def compute_z_loss(
             a DTensor lse are the whole ones, the same on all ranks.
         shift, ignore_index, reduction, mean_group: as given to linear_cross_entropy.
 
-    Returns: a scalar, or lse's shape for "none", in lse's dtype. Raises ValueError for shapes or options.
+    Returns: a scalar, or lse's shape for "none", in lse's dtype. Raises TypeError for what is no tensor, ValueError for
+    shapes or options.
     """
     check_reduction(reduction, mean_group)
+    check_tensor("lse", lse)
     z_loss = lse.square()
     if targets is None:
         counts = torch.ones_like(lse, dtype=torch.bool)
     else:
+        check_tensor("targets", targets)
+        if _is_dtensor(targets) and not _is_dtensor(lse):
+            raise ValueError("targets: expected a plain tensor like lse, got a DTensor; give its to_local()")
         shift = check_shift(shift, targets)
         if shift:
             targets = targets[..., shift:]

@@ -84,6 +84,11 @@ class Options:
         check_reduction(self.reduction, self.mean_group)
         check_generator(self.generator)
         check_softcap(self.softcap)
+        if not isinstance(self.return_lse, int):
+            raise TypeError(
+                f"return_lse: expected a bool, got {self.return_lse!r}; give options by name: Apple's module has "
+                "filter_eps in this place, and return_lse at the end"
+            )
         if self.impl not in DENSE:
             resolve_method(self, torch.float32)
 
@@ -200,11 +205,13 @@ def check_generator(generator: torch.Generator | None, device: torch.device | No
 
 
 def check_reduction(reduction: str, mean_group: dist.ProcessGroup | None = None) -> None:
-    """Raises ValueError for one that is not in REDUCTIONS, or to which a mean_group means nothing."""
+    """Raises ValueError for one that is not in REDUCTIONS or has no use for a mean_group, TypeError for no group."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if mean_group is not None and reduction != "mean":
         raise ValueError(f"mean_group: expected None with reduction={reduction!r}, which divides by nothing")
+    if mean_group is not None and not hasattr(mean_group, "group_name"):
+        raise TypeError(f"mean_group: expected a process group or None, got {type(mean_group).__name__}")
 
 
 def check_transforms(e: Tensor, c: Tensor, bias: Tensor | None) -> None:
@@ -264,9 +271,15 @@ def is_a(x: object, conversion: str) -> bool:
 def check_tensors(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None) -> None:
     """Raises TypeError for an argument that is no tensor: what all else is asked of them as."""
     for name, x in (("e", e), ("c", c), ("targets", targets), ("bias", bias)):
-        if not isinstance(x, Tensor) and not (name == "bias" and x is None):
-            hint = "; give its weight (and bias)" if isinstance(x, torch.nn.Module) else ""
-            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}{hint}")
+        if name != "bias" or x is not None:
+            check_tensor(name, x)
+
+
+def check_tensor(name: str, x: object) -> None:
+    """Raises TypeError for an argument of this name that is no tensor."""
+    if not isinstance(x, Tensor):
+        hint = "; give its weight (and bias)" if isinstance(x, torch.nn.Module) else ""
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}{hint}")
 
 
 def check_inputs(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None) -> None:
