@@ -538,16 +538,33 @@ def test_accelerate_bf16(accelerate):
     assert_same(loss_and_gradients(model, **batch()), expected)
 
 
-def test_training_without_labels_is_told_once(accelerate, tmp_path):
-    """As the Trainer does with label_smoothing_factor: it takes the labels and its own loss of the logits."""
+def test_a_class_is_unpatched_for_a_wrapped_model_too(accelerate):
+    cce_patch("llama")
+    try:
+        model = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(tiny())
+        assert "forward" in vars(model) and is_patched(model)
+    finally:
+        cce_unpatch("llama")
+    assert not is_patched(model)
+
+
+def mean_square(outputs, labels, num_items_in_batch=None):
+    return outputs.logits.float().square().mean()
+
+
+@pytest.mark.parametrize("label_smoothing, loss", [(0.1, None), (0.0, mean_square)], ids=["smoothing", "own loss"])
+def test_training_without_labels_is_told_once(accelerate, tmp_path, label_smoothing, loss):
+    """The Trainer then takes the labels away, and its own loss of the logits."""
     model = cce_patch(tiny())
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), max_steps=2, use_cpu=True, label_smoothing_factor=0.1, report_to=[]
+        output_dir=str(tmp_path), max_steps=2, use_cpu=True, label_smoothing_factor=label_smoothing, report_to=[]
     )
-    with pytest.warns(UserWarning, match="LlamaForCausalLM is in training and was given no labels") as seen:
-        transformers.Trainer(model, arguments, train_dataset=Rows()).train()
+    with pytest.warns(UserWarning, match="LlamaForCausalLM is in training and was given no labels.*leave") as seen:
+        transformers.Trainer(model, arguments, train_dataset=Rows(), compute_loss_func=loss).train()
     assert len([w for w in seen if "cce_patch" in str(w.message)]) == 1
 
+
+def test_nothing_is_told_where_there_is_nothing_to_train():
     model = cce_patch(tiny())
     with warnings.catch_warnings():
         warnings.simplefilter("error")

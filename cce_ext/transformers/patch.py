@@ -113,7 +113,8 @@ cce_patch.supported = supported  # type: ignore[attr-defined]
 def cce_unpatch(model_or_model_type: nn.Module | str | transformers.PretrainedConfig) -> None:
     """Undo cce_patch of the same model, or of the same model type.
 
-    Raises ValueError for what is not patched, and for a model whose forward has been replaced since.
+    Raises ValueError for what is not patched, and for a model that was patched by itself and whose forward has been
+    replaced since.
     """
     if isinstance(model_or_model_type, nn.Module):
         model = _inner_model(model_or_model_type)
@@ -132,6 +133,7 @@ def cce_unpatch(model_or_model_type: nn.Module | str | transformers.PretrainedCo
     original = getattr(cls.__dict__.get("forward"), "_cce_original", None)
     if original is None:
         raise ValueError(f"model_or_model_type: {cls.__name__} is not patched")
+    cls.forward._cce_undone = True  # models whose forward accelerate has replaced still call this one
     del cls.forward
     if cls.forward is not original:  # it was not inherited
         cls.forward = original
@@ -208,6 +210,8 @@ def _patched_forward(cls: Any, options: dict[str, Any]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal warned
         labels = args[labels_at] if len(args) > labels_at else kwargs.get("labels")
+        if forward._cce_undone:  # type: ignore[attr-defined]
+            return original(self, *args, **kwargs)
         if labels is None or (train_only and not self.training):
             # Not in a graph, which would keep the question and break at the warning.
             if not torch.compiler.is_compiling() and self.training and torch.is_grad_enabled() and not warned:
@@ -222,12 +226,14 @@ def _patched_forward(cls: Any, options: dict[str, Any]) -> Callable[..., Any]:
         return _without_logits(original(_View(self, options), *args, **kwargs))
 
     forward._cce_original = original  # type: ignore[attr-defined]
+    forward._cce_undone = False  # type: ignore[attr-defined]
     return forward
 
 
 _NO_LABELS = (
     "cce_patch: {} is in training and was given no labels, so that it computes its logits, and no loss of cce_ext's. "
-    "transformers.Trainer takes the labels away where it has label_smoothing_factor or compute_loss_func"
+    "transformers.Trainer takes the labels away where it has label_smoothing_factor or compute_loss_func: leave these "
+    "out, or undo the patch by cce_unpatch where that is what you want"
 )
 
 
