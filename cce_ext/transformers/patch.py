@@ -12,10 +12,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..options import FilterEps, GradientOptions, Options
-from .families import supported
+from .families import CLASSES, supported
 from .logits import PromisedLogits, PromisingHead
 
 if TYPE_CHECKING:
@@ -60,6 +59,8 @@ def cce_patch(
     train_only: bool = False,
 ) -> nn.Module | None:
     """Let a causal LM compute its loss by linear_cross_entropy: wherever it is given labels, and with logits None.
+
+    A model of images and text, such as LLaVA, is one as well.
 
     Without labels the model is as it was, and says so once if it is in training. Softcap, logit scale and the bias of
     lm_head are the model's own; labels are int32 or int64 [B, T], -100 where a token does not count. Patch before
@@ -140,18 +141,18 @@ def cce_unpatch(model_or_model_type: nn.Module | str | transformers.PretrainedCo
 
 
 def _class_of(model_type: str | transformers.PretrainedConfig) -> Any:
-    """The causal LM class of a model type or of a config."""
+    """The causal LM class, or that of images and text, of a model type or of a config."""
     if isinstance(model_type, transformers.PretrainedConfig):
         model_type = model_type.model_type
     if not isinstance(model_type, str):
         raise TypeError(
             f"model_or_model_type: expected a model, a config or a model type, got {type(model_type).__name__}"
         )
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if model_type not in CLASSES:
         raise ValueError(
             f"model_or_model_type: transformers {transformers.__version__} has no causal LM of type {model_type!r}"
         )
-    return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+    return getattr(transformers, CLASSES[model_type])
 
 
 def _inner_model(model: nn.Module) -> transformers.PreTrainedModel:
@@ -239,7 +240,9 @@ _NO_LABELS = (
 
 def _adds_router_loss(config: Any, kwargs: dict[str, Any]) -> bool:
     asked = kwargs.get("output_router_logits")
-    return bool(getattr(config, "output_router_logits", False) if asked is None else asked)
+    if asked is None:  # a model of images and text has it in the latter's config
+        asked = any(getattr(x, "output_router_logits", False) for x in (config, config.get_text_config()))
+    return bool(asked)
 
 
 def _without_logits(output: Any) -> Any:
