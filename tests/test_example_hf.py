@@ -87,7 +87,7 @@ def test_two_processes_train_as_one(train, tmp_path):
 @pytest.mark.slow
 def test_the_held_out_loss_of_two_processes(train, tmp_path):
     """Seven held-out rows in batches of two: the Trainer fills the last one with rows that have been there already."""
-    pairs = [("ab"[i % 2] * 3, "z" * (i % 5) if i % 40 else "other words " * 3) for i in range(140)]
+    pairs = [("ab"[i % 2] * 3, "z" * (i // 10)) for i in range(140)]
     file = write_instructions(tmp_path / "pairs.jsonl", pairs)
     options = ("--instructions", file, "--context", "64", "--lr", "1e-12")
     code, printed = train(*options)
