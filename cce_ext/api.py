@@ -26,11 +26,14 @@ from .options import (
     check_shift,
     check_softcap,
     check_target_range,
+    check_tensor,
     check_tensors,
     check_transforms,
     is_a,
     may_look_at,
+    may_need_seed,
     resolve_method,
+    unwrapped,
 )
 from .vocab_parallel import VocabParallelOptions
 
@@ -239,13 +242,18 @@ def compute_z_loss(
             a DTensor lse are the whole ones, the same on all ranks.
         shift, ignore_index, reduction, mean_group: as given to linear_cross_entropy.
 
-    Returns: a scalar, or lse's shape for "none", in lse's dtype. Raises ValueError for shapes or options.
+    Returns: a scalar, or lse's shape for "none", in lse's dtype. Raises TypeError for what is no tensor, ValueError for
+    shapes or options.
     """
     check_reduction(reduction, mean_group)
+    check_tensor("lse", lse)
     z_loss = lse.square()
     if targets is None:
         counts = torch.ones_like(lse, dtype=torch.bool)
     else:
+        check_tensor("targets", targets)
+        if _is_dtensor(targets) and not _is_dtensor(lse):
+            raise ValueError("targets: expected a plain tensor like lse, got a DTensor; give its to_local()")
         shift = check_shift(shift, targets)
         if shift:
             targets = targets[..., shift:]
@@ -299,7 +307,7 @@ def _loss_and_lse(
     # The operators of the CPU look by themselves; those of CUDA could not raise an IndexError.
     looks = shard is None and (impl in DENSE or labels.device.type != "cpu")
     if looks and not torch.compiler.is_compiling() and may_look_at(labels):
-        check_target_range(labels, len(c), ignore_index)
+        check_target_range(unwrapped(labels).flatten(), len(c), ignore_index)
     if impl in DENSE:
         dense = reference.forward if impl == "reference" else _compiled_reference()
         if shard is not None:
@@ -308,11 +316,10 @@ def _loss_and_lse(
     else:
         check_transforms()
         method = resolve_method(options, e.dtype)
-        may_train = e.requires_grad or c.requires_grad or (bias is not None and bias.requires_grad)
+        may_train = any(x is not None and unwrapped(x).requires_grad for x in (e, c, bias))
         trains = may_train and torch.is_grad_enabled()
         seed = None
-        in_graph = torch.compiler.is_compiling()  # which cannot ask for the mode
-        if may_train and method.draws and (in_graph or not torch.is_inference_mode_enabled()):
+        if method.draws and may_need_seed(may_train):
             # Without a gradient too: reentrant checkpointing runs the forward so first, then again from the generator's
             # state of before. It is this draw that leaves the next step another state.
             # Ranks that are seeded alike, as tensor-parallel ones are, must not draw the same visits of their shards,

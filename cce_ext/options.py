@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.autograd import forward_ad
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd.forward_ad import _is_fwd_grad_enabled, unpack_dual
 
 if TYPE_CHECKING:
     from .vocab_parallel import VocabParallelOptions
@@ -85,6 +85,11 @@ class Options:
         check_reduction(self.reduction, self.mean_group)
         check_generator(self.generator)
         check_softcap(self.softcap)
+        if not isinstance(self.return_lse, int):
+            raise TypeError(
+                f"return_lse: expected a bool, got {self.return_lse!r}; give options by name: Apple's module has "
+                "filter_eps in this place, and return_lse at the end"
+            )
         if self.impl not in DENSE:
             resolve_method(self, torch.float32)
 
@@ -201,11 +206,13 @@ def check_generator(generator: torch.Generator | None, device: torch.device | No
 
 
 def check_reduction(reduction: str, mean_group: dist.ProcessGroup | None = None) -> None:
-    """Raises ValueError for one that is not in REDUCTIONS, or to which a mean_group means nothing."""
+    """Raises ValueError for one that is not in REDUCTIONS or has no use for a mean_group, TypeError for no group."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if mean_group is not None and reduction != "mean":
         raise ValueError(f"mean_group: expected None with reduction={reduction!r}, which divides by nothing")
+    if mean_group is not None and not hasattr(mean_group, "group_name"):
+        raise TypeError(f"mean_group: expected a process group or None, got {type(mean_group).__name__}")
 
 
 def check_transforms() -> None:
@@ -239,6 +246,26 @@ def _refuse(what: str) -> NoReturn:
     )
 
 
+def may_need_seed(may_train: bool) -> bool:
+    """Whether there may be a backward, given that one of e, c and bias requires a gradient, in whatever grad mode.
+
+    In an autograd.Function's forward, such as the first one of reentrant checkpointing, what is computed requires none:
+    there c may be frozen and e still need a gradient. Forward-mode AD is off there, and in no other mode but inference.
+    """
+    if torch.compiler.is_compiling():  # which cannot ask for the modes
+        return may_train
+    return (may_train or not _is_fwd_grad_enabled()) and not torch.is_inference_mode_enabled()
+
+
+def unwrapped(x: Tensor) -> Tensor:
+    """What torch.func's transforms have wrapped as x, if they have: all of a batch, and what autograd knows it as."""
+    if torch.compiler.is_compiling():
+        return x
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
 def check_softcap(softcap: float | None) -> None:
     """Raises TypeError or ValueError for one that is no positive number. None is no softcap."""
     if softcap is not None and not is_a(softcap, "__float__"):
@@ -255,9 +282,15 @@ def is_a(x: object, conversion: str) -> bool:
 def check_tensors(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None) -> None:
     """Raises TypeError for an argument that is no tensor: what all else is asked of them as."""
     for name, x in (("e", e), ("c", c), ("targets", targets), ("bias", bias)):
-        if not isinstance(x, Tensor) and not (name == "bias" and x is None):
-            hint = "; give its weight (and bias)" if isinstance(x, torch.nn.Module) else ""
-            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}{hint}")
+        if name != "bias" or x is not None:
+            check_tensor(name, x)
+
+
+def check_tensor(name: str, x: object) -> None:
+    """Raises TypeError for an argument of this name that is no tensor."""
+    if not isinstance(x, Tensor):
+        hint = "; give its weight (and bias)" if isinstance(x, torch.nn.Module) else ""
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}{hint}")
 
 
 def check_inputs(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None) -> None:

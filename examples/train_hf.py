@@ -133,6 +133,12 @@ def text_rows(cut: Tensor) -> Rows:
     return [{"input_ids": row, "labels": row} for row in cut.tolist()]
 
 
+def fill_up(rows: Rows, arguments: transformers.TrainingArguments, tokenizer: PreTrainedTokenizerFast) -> Rows:
+    """As many rows as make whole batches on all processes: the others have no labels. The Trainer would repeat rows."""
+    missing = -len(rows) % (arguments.eval_batch_size * arguments.world_size)
+    return rows + [{"input_ids": [tokenizer.eos_token_id], "labels": [-100]}] * missing
+
+
 def pretrained(auto: Any, name: str, **options: Any) -> Any:
     try:
         return auto.from_pretrained(name, **options)
@@ -259,12 +265,19 @@ class TokenMeanTrainer(transformers.Trainer):
         counted = [sum(label != -100 for label in row["labels"][1:]) for row in self.eval_dataset]
         return sum(counted) / len(counted)
 
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        # In evaluation too the Trainer counts the tokens of all processes; here, each batch has the mean over its own.
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch if model.training else None)
+
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         loss, *rest = super().prediction_step(model, inputs, *args, **kwargs)
         if loss is not None:
             # The Trainer takes the mean over all rows of what each batch gives, here its sum over a mean row's tokens.
             labels = inputs["labels"]
-            loss = loss * (labels[:, 1:] != -100).sum() / (len(labels) * self.tokens_a_row)
+            counted = (labels[:, 1:] != -100).sum()
+            loss = torch.where(counted > 0, loss * counted, 0.0) / (len(labels) * self.tokens_a_row)
         return loss, *rest
 
 
@@ -283,7 +296,7 @@ def main() -> int:
         model,
         arguments,
         train_dataset=train_rows,
-        eval_dataset=held_out_rows,
+        eval_dataset=fill_up(held_out_rows, arguments, tokenizer),
         processing_class=tokenizer,
         data_collator=transformers.DataCollatorForSeq2Seq(tokenizer),
     )

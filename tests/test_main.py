@@ -39,6 +39,21 @@ def test_a_wrong_gradient_fails_the_check(monkeypatch, capsys):
     assert "WRONG" in out and out.splitlines()[-1].startswith("NOT WELL")
 
 
+def test_each_side_has_its_own_limit(monkeypatch, capsys):
+    """An error of a hundredth is one draw's in a sampled side, and wrong in the other one."""
+
+    def nearly(e, c, t, impl):
+        loss = cce_ext.linear_cross_entropy(e, c, t, impl=impl)
+        if impl in ("cce_kahan_full_c", "cce_kahan_full_e"):
+            loss = loss + 0.01 * (loss - loss.detach())
+        return loss
+
+    monkeypatch.setattr(tool, "linear_cross_entropy", nearly)
+    assert tool.main() == 1
+    wrong = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.endswith("WRONG")]
+    assert set(wrong) == {"cce_kahan_full_c", "cce_kahan_full_e"}
+
+
 def test_cuda_where_there_is_none(monkeypatch, capsys):
     monkeypatch.setattr(tool, "HAS_CUDA", False)
     monkeypatch.setattr(sys, "argv", ["cce_ext", "--device", "cuda"])

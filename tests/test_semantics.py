@@ -227,6 +227,12 @@ def test_z_loss_errors():
         compute_z_loss(torch.zeros(2, 8), torch.zeros(2, 8, dtype=torch.long), shift=1)
     with pytest.raises(ValueError, match="reduction: .*'max'"):
         compute_z_loss(torch.zeros(2, 8), reduction="max")
+    for lse, targets, message in (
+        ([0.0], None, "lse: expected a tensor, got list"),
+        (torch.zeros(2), [0, 1], "targets: expected a tensor, got list"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            compute_z_loss(lse, targets)
 
 
 def test_function_and_module_take_the_options():
@@ -286,6 +292,7 @@ E, C, T, B = torch.randn(4, 8), torch.randn(20, 8), torch.tensor([0, 1, 2, 3]), 
         ((E, C, T), {"shift": "a"}, TypeError, "shift: expected an integer or a bool, got 'a'"),
         ((E, C, T), {"shift": 4}, ValueError, "shift: expected 0 <= shift < 4, .* got 4"),
         ((E, C, T), {"shift": -1}, ValueError, "shift: .* got -1"),
+        ((E, C, T), {"mean_group": 3}, TypeError, "mean_group: expected a process group or None, got int"),
         ((E, C, T), {"generator": 3}, TypeError, "generator: expected a torch.Generator or None, got int"),
     ],
 )
@@ -315,6 +322,12 @@ def test_bad_methods(options, message):
 def test_filter_eps_that_is_no_number():
     with pytest.raises(TypeError, match=r"filter_eps: expected a number, 'auto' or None, got \[1\]"):
         linear_cross_entropy(E, C, T, filter_eps=[1])
+
+
+def test_apples_order_of_the_modules_options():
+    for more in ((), (False, False, True, True, "cce")):
+        with pytest.raises(TypeError, match="return_lse: expected a bool, got 'auto'; give options by name: Apple's"):
+            LinearCrossEntropy(-100, None, "mean", 0, "auto", *more)
 
 
 def test_apples_names():

@@ -19,106 +19,16 @@ from torch.nn import functional as F
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
+from support.models import VOCAB, assert_same, batch, compare, loss_and_gradients, tiny  # noqa: E402
+
 from cce_ext import linear_cross_entropy  # noqa: E402
 from cce_ext.transformers import cce_patch, cce_unpatch, supported  # noqa: E402
-
-VOCAB = 173
-TINY = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 64,
-    "head_dim": 8,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    # GPT-2's names of the same
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    # mixtures of experts
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "output_router_logits": True,
-    # what comes between lm_head and the loss, strong enough to be seen
-    "final_logit_softcapping": 0.7,
-    "logit_scale": 0.3,
-    "logits_scaling": 3.0,
-}
-LATENT_ATTENTION = {
-    "num_key_value_heads": 4,
-    "head_dim": 4,
-    "q_lora_rank": 8,
-    "kv_lora_rank": 8,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 4,
-    "v_head_dim": 8,
-    "n_group": 2,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-}
-MORE = {"deepseek_v3": LATENT_ATTENTION}
-
-
-def tiny(model_type: str = "llama", **more) -> transformers.PreTrainedModel:
-    """In eval mode, so that nothing is dropped; every parameter is random, biases and norms as well."""
-    known = transformers.AutoConfig.for_model(model_type)
-    settings = {name: x for name, x in TINY.items() if hasattr(known, name)}
-    config = transformers.AutoConfig.for_model(model_type, **{**settings, **MORE.get(model_type, {}), **more})
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.1 * torch.randn_like(p)
-    return model
-
-
-def batch(rows: int = 2, length: int = 9) -> dict[str, torch.Tensor]:
-    g = torch.Generator().manual_seed(0)
-    tokens = torch.randint(3, VOCAB, (rows, length), generator=g)
-    labels = tokens.clone()
-    labels[0, :4] = -100
-    return {"input_ids": tokens, "labels": labels}
-
-
-def loss_and_gradients(model: nn.Module, **inputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    model.zero_grad()
-    loss = model(**inputs).loss
-    loss.sum().backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return loss.detach(), gradients
-
-
-def assert_same(patched, unpatched, rtol: float = 1e-5) -> None:
-    """Of two loss_and_gradients: a gradient's error is measured by the largest entry of all of them."""
-    (loss, gradients), (expected_loss, expected) = patched, unpatched
-    torch.testing.assert_close(loss, expected_loss, rtol=rtol, atol=0.0, equal_nan=True)
-    assert gradients.keys() == expected.keys()
-    largest = max(x.abs().max().item() for x in expected.values())
-    for name, x in expected.items():
-        torch.testing.assert_close(gradients[name], x, rtol=0.0, atol=rtol * largest, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def compare(model: nn.Module, *, rtol: float = 1e-5, **inputs) -> None:
-    """What the model gives before and after it is patched."""
-    inputs = inputs or batch()
-    torch.manual_seed(1)
-    unpatched = loss_and_gradients(model, **inputs)
-    cce_patch(model, impl="cce_exact")
-    torch.manual_seed(1)
-    assert_same(loss_and_gradients(model, **inputs), unpatched, rtol)
-
+from cce_ext.transformers.families import TESTED  # noqa: E402
 
 # ---- families ----
 
 
-@pytest.mark.parametrize("model_type", supported())
+@pytest.mark.parametrize("model_type", [x for x in TESTED if x in supported()])
 def test_family(model_type):
     model, inputs = tiny(model_type), batch()
     without_labels = {"input_ids": inputs["input_ids"]}
@@ -145,7 +55,7 @@ def test_tied_embeddings(model_type, tie):
     compare(model)
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", ["ernie4_5_moe", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"])
 def test_router_loss(model_type):
     """What the forward adds to the loss stays."""
     model = tiny(model_type, output_router_logits=False)
@@ -180,8 +90,11 @@ def odd(between) -> Odd:
         lambda z: 3.0 * torch.tanh(z / 5.0),
         lambda z: F.tanh(z * 2) * 7 / 2,
         lambda z: (z.float() * 0.5).contiguous() / 3,
+        lambda z: (
+            z.to(torch.float32).to(z.device).to(torch.empty(z.shape, device="cpu")).to(dtype=torch.float32, copy=True)
+        ),
     ],
-    ids=["softcap", "scaled softcap", "scales"],
+    ids=["softcap", "scaled softcap", "scales", "to"],
 )
 def test_what_is_known_between_head_and_loss(between):
     compare(odd(between))
@@ -204,6 +117,8 @@ def test_what_is_known_between_head_and_loss(between):
         lambda z: z * (z == 0),
         lambda z: z.tanh().tanh(),
         lambda z: F.dropout(z, 0.5),
+        lambda z: z.to(torch.float64),
+        lambda z: z.to("meta"),
     ],
 )
 def test_what_is_not_known_is_refused(between):
@@ -538,16 +453,33 @@ def test_accelerate_bf16(accelerate):
     assert_same(loss_and_gradients(model, **batch()), expected)
 
 
-def test_training_without_labels_is_told_once(accelerate, tmp_path):
-    """As the Trainer does with label_smoothing_factor: it takes the labels and its own loss of the logits."""
+def test_a_class_is_unpatched_for_a_wrapped_model_too(accelerate):
+    cce_patch("llama")
+    try:
+        model = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(tiny())
+        assert "forward" in vars(model) and is_patched(model)
+    finally:
+        cce_unpatch("llama")
+    assert not is_patched(model)
+
+
+def mean_square(outputs, labels, num_items_in_batch=None):
+    return outputs.logits.float().square().mean()
+
+
+@pytest.mark.parametrize("label_smoothing, loss", [(0.1, None), (0.0, mean_square)], ids=["smoothing", "own loss"])
+def test_training_without_labels_is_told_once(accelerate, tmp_path, label_smoothing, loss):
+    """The Trainer then takes the labels away, and its own loss of the logits."""
     model = cce_patch(tiny())
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), max_steps=2, use_cpu=True, label_smoothing_factor=0.1, report_to=[]
+        output_dir=str(tmp_path), max_steps=2, use_cpu=True, label_smoothing_factor=label_smoothing, report_to=[]
     )
-    with pytest.warns(UserWarning, match="LlamaForCausalLM is in training and was given no labels") as seen:
-        transformers.Trainer(model, arguments, train_dataset=Rows()).train()
+    with pytest.warns(UserWarning, match="LlamaForCausalLM is in training and was given no labels.*leave") as seen:
+        transformers.Trainer(model, arguments, train_dataset=Rows(), compute_loss_func=loss).train()
     assert len([w for w in seen if "cce_patch" in str(w.message)]) == 1
 
+
+def test_nothing_is_told_where_there_is_nothing_to_train():
     model = cce_patch(tiny())
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -82,7 +82,9 @@ def cases(draw) -> Case:
     )
     d = draw(st.sampled_from([8, 128, 136, 520]))
     counts = counts_of(draw(st.sampled_from(PATTERNS)), n, -(-v // TILE), draw(st.integers(0, 2**32)))
-    return Case((n, d, v), draw(st.sampled_from(NEEDS)), counts, draw(st.booleans()), draw(st.sampled_from([0, 0, 0, -1])))
+    return Case(
+        (n, d, v), draw(st.sampled_from(NEEDS)), counts, draw(st.booleans()), draw(st.sampled_from([0, 0, 0, -1]))
+    )
 
 
 def faults(host, case: Case, items, pending, seed: int) -> set[str]:
@@ -134,7 +136,9 @@ def test_threads_change_nothing_but_the_order_of_equals(host):
         case = Case((200, 136, 10000), NEEDS[0], counts_of(pattern, 200, 40, seed), seed % 2 == 0)
         alone, pending = host.plan_visit_items(case.shape, case.needs, case.counts, case.sm90, case.chunk_rows)
         for threads in (2, 7, 39, 40, 41, 64):
-            items, other = host.plan_visit_items(case.shape, case.needs, case.counts, case.sm90, case.chunk_rows, threads)
+            items, other = host.plan_visit_items(
+                case.shape, case.needs, case.counts, case.sm90, case.chunk_rows, threads
+            )
             assert len(items) == len(alone) and pending.sum() == other.sum()
             assert not faults(host, case, items, other, seed)
 
@@ -147,7 +151,9 @@ class Broken:
 
     def __init__(self, host, case: Case):
         self.host, self.case = host, case
-        self.items, self.pending = host.plan_visit_items(case.shape, case.needs, case.counts, case.sm90, case.chunk_rows)
+        self.items, self.pending = host.plan_visit_items(
+            case.shape, case.needs, case.counts, case.sm90, case.chunk_rows
+        )
         self.buffer = host.visit_buffer(case.shape, case.needs, case.sm90, case.chunk_rows)
 
     def column(self, name: str) -> int:

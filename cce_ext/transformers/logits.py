@@ -76,9 +76,26 @@ class PromisedLogits:
         """The loss is computed in fp32 anyway."""
         return self
 
+    def to(self, *args: Any, **kwargs: Any) -> PromisedLogits:
+        """As float, for fp32 and the dtype they have, on the device they are on. Refuses others."""
+        here = self.device
+        for x in (*args, *kwargs.values()):
+            like = isinstance(x, Tensor)
+            dtype = x.dtype if like else x if isinstance(x, torch.dtype) else None
+            device = x.device if like else torch.device(x) if isinstance(x, (str, torch.device)) else None
+            if dtype not in (None, torch.float32, self.e.dtype):
+                self._refuse(f"to {dtype}")
+            if device is not None and (device.type != here.type or device.index not in (None, here.index)):
+                self._refuse(f"to {device}")
+        return self
+
     @property
     def device(self) -> torch.device:
         return self.e.device
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size([*self.e.shape[:-1], self.c.shape[0]])
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> PromisedLogits:

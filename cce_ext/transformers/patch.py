@@ -12,10 +12,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..options import FilterEps, GradientOptions, Options
-from .families import supported
+from .families import CLASSES, supported
 from .logits import PromisedLogits, PromisingHead
 
 if TYPE_CHECKING:
@@ -60,6 +59,8 @@ def cce_patch(
     train_only: bool = False,
 ) -> nn.Module | None:
     """Let a causal LM compute its loss by linear_cross_entropy: wherever it is given labels, and with logits None.
+
+    A model of images and text, such as LLaVA, is one as well.
 
     Without labels the model is as it was, and says so once if it is in training. Softcap, logit scale and the bias of
     lm_head are the model's own; labels are int32 or int64 [B, T], -100 where a token does not count. Patch before
@@ -113,7 +114,8 @@ cce_patch.supported = supported  # type: ignore[attr-defined]
 def cce_unpatch(model_or_model_type: nn.Module | str | transformers.PretrainedConfig) -> None:
     """Undo cce_patch of the same model, or of the same model type.
 
-    Raises ValueError for what is not patched, and for a model whose forward has been replaced since.
+    Raises ValueError for what is not patched, and for a model that was patched by itself and whose forward has been
+    replaced since.
     """
     if isinstance(model_or_model_type, nn.Module):
         model = _inner_model(model_or_model_type)
@@ -132,24 +134,25 @@ def cce_unpatch(model_or_model_type: nn.Module | str | transformers.PretrainedCo
     original = getattr(cls.__dict__.get("forward"), "_cce_original", None)
     if original is None:
         raise ValueError(f"model_or_model_type: {cls.__name__} is not patched")
+    cls.forward._cce_undone = True  # models whose forward accelerate has replaced still call this one
     del cls.forward
     if cls.forward is not original:  # it was not inherited
         cls.forward = original
 
 
 def _class_of(model_type: str | transformers.PretrainedConfig) -> Any:
-    """The causal LM class of a model type or of a config."""
+    """The causal LM class, or that of images and text, of a model type or of a config."""
     if isinstance(model_type, transformers.PretrainedConfig):
         model_type = model_type.model_type
     if not isinstance(model_type, str):
         raise TypeError(
             f"model_or_model_type: expected a model, a config or a model type, got {type(model_type).__name__}"
         )
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if model_type not in CLASSES:
         raise ValueError(
             f"model_or_model_type: transformers {transformers.__version__} has no causal LM of type {model_type!r}"
         )
-    return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+    return getattr(transformers, CLASSES[model_type])
 
 
 def _inner_model(model: nn.Module) -> transformers.PreTrainedModel:
@@ -208,6 +211,8 @@ def _patched_forward(cls: Any, options: dict[str, Any]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal warned
         labels = args[labels_at] if len(args) > labels_at else kwargs.get("labels")
+        if forward._cce_undone:  # type: ignore[attr-defined]
+            return original(self, *args, **kwargs)
         if labels is None or (train_only and not self.training):
             # Not in a graph, which would keep the question and break at the warning.
             if not torch.compiler.is_compiling() and self.training and torch.is_grad_enabled() and not warned:
@@ -222,18 +227,22 @@ def _patched_forward(cls: Any, options: dict[str, Any]) -> Callable[..., Any]:
         return _without_logits(original(_View(self, options), *args, **kwargs))
 
     forward._cce_original = original  # type: ignore[attr-defined]
+    forward._cce_undone = False  # type: ignore[attr-defined]
     return forward
 
 
 _NO_LABELS = (
     "cce_patch: {} is in training and was given no labels, so that it computes its logits, and no loss of cce_ext's. "
-    "transformers.Trainer takes the labels away where it has label_smoothing_factor or compute_loss_func"
+    "transformers.Trainer takes the labels away where it has label_smoothing_factor or compute_loss_func: leave these "
+    "out, or undo the patch by cce_unpatch where that is what you want"
 )
 
 
 def _adds_router_loss(config: Any, kwargs: dict[str, Any]) -> bool:
     asked = kwargs.get("output_router_logits")
-    return bool(getattr(config, "output_router_logits", False) if asked is None else asked)
+    if asked is None:  # a model of images and text has it in the latter's config
+        asked = any(getattr(x, "output_router_logits", False) for x in (config, config.get_text_config()))
+    return bool(asked)
 
 
 def _without_logits(output: Any) -> Any:

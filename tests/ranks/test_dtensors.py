@@ -101,6 +101,8 @@ def test_z_loss_of_dtensors(mesh_2d):
     lse = linear_cross_entropy(q.e, q.c, q.targets, shift=1, return_lse=True)[1]
     plain = compute_z_loss(lse, p.targets, shift=1)  # whole targets, the same on all ranks
     torch.testing.assert_close(plain.to_local(), values[1])
+    with pytest.raises(ValueError, match="targets: expected a plain tensor like lse, got a DTensor"):
+        compute_z_loss(torch.zeros(p.targets.shape), q.targets)
 
 
 def test_uneven_dtensors(mesh, ranks):
