@@ -30,22 +30,6 @@ __device__ __forceinline__ void copy_rows_of_mn(uint32_t tile, const Rows<Elemen
   }
 }
 
-// The same of rows that a list of `count` numbers has.
-template <int kRows, typename Element>
-__device__ __forceinline__ void copy_listed_rows_of_mn(uint32_t tile, const Rows<Element>& from,
-                                                       const int* list, int count, int row0, int k0,
-                                                       int depth) {
-  using Lane = CopyLane<kLogitsThreads>;
-  constexpr int kPass = Lane::kRowsPerPass;
-  const int row = row0 + Lane::row(), k = k0 + Lane::column();
-#pragma unroll
-  for (int p = 0; p < kRows / kPass; ++p) {
-    const bool listed = row + p * kPass < count;
-    const int64_t at = listed ? list[row + p * kPass] : 0;
-    ptx::cp_async_16(Lane::destination(tile, p), from.data + at * from.stride + k, listed && k < depth);
-  }
-}
-
 // kBlocks tiles [64 k][64 columns], side by side in the columns, of rows that are indexed by k.
 template <int kBlocks, typename Element>
 __device__ __forceinline__ void copy_rows_of_k(uint32_t tile, const Rows<Element>& from, int k0, int column0,

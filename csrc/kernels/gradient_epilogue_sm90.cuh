@@ -15,7 +15,6 @@ template <typename Element, bool kFilter>
 class GradientEpilogueSm90 {
  public:
   using Arguments = GradientArguments<Element>;
-  static constexpr bool kMayGather = false;
 
   __device__ __forceinline__ explicit GradientEpilogueSm90(const Arguments& a) : a_(a) {}
 

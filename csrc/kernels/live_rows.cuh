@@ -2,13 +2,15 @@
 
 #include <cstdint>
 
+#include "kernels/copy_rows.cuh"
 #include "tile/block_scan.cuh"
 #include "tile/constants.h"
+#include "tile/element.cuh"
 #include "tile/schedule.h"
 #include "tile/target.cuh"
 
 // Which tokens the forward has to look at. Prompts and padding are ignored: the product takes the rows of the
-// others alone, and only the device knows how many there are.
+// others alone, from a copy, and only the device knows how many there are.
 namespace cce {
 
 struct LiveCount {
@@ -28,21 +30,20 @@ struct LiveRows {
 struct LogitsWork {
   LogitsSchedule schedule;
   int units;
-  int rows;      // of E
-  bool gathers;  // these rows are not neighbours: LiveRows says where they are
+  bool compact;  // the rows are those of the copy: some tokens do not count
 
   // rows_of_unit: of a row block of the schedule, whose row blocks and splits are for all n.
   __device__ __forceinline__ void find(const LogitsSchedule& of_all, const LiveRows& live, int n,
                                        int rows_of_unit) {
     schedule = of_all;
-    rows = n;
+    compact = false;
     if (live.count != nullptr) {
-      rows = live.count->rows;
-      schedule.row_blocks = (rows + rows_of_unit - 1) / rows_of_unit;
-      schedule.splits = live.count->splits;
+      const LiveCount count = *live.count;
+      schedule.row_blocks = (count.rows + rows_of_unit - 1) / rows_of_unit;
+      schedule.splits = count.splits;
+      compact = count.rows < n;
     }
     units = schedule.units();
-    gathers = rows < n;
   }
 };
 
@@ -102,6 +103,37 @@ static __global__ void __launch_bounds__(kLiveThreads) live_rows_kernel(LiveRows
   }
   __syncthreads();
   if (threadIdx.x == 0) *a.count = {rows, most == 0 ? 0 : static_cast<int>(best & 0xffffff)};
+}
+
+constexpr int kCopyLiveThreads = 256;
+
+template <typename Element>
+struct CopyLiveRowsArguments {
+  Rows<Element> e;  // its count: all tokens
+  LiveRows live;
+  int d;         // a multiple of a vector
+  Element* out;  // [n, d], of which the rows that count are written, in their order
+};
+
+// Rows that a unit of the product may read beyond the last.
+constexpr int kLiveRowsPadding = 256;
+
+// Copies them, a warp a row, and makes the padding zeros; where all count, nothing.
+template <typename Element>
+__global__ void __launch_bounds__(kCopyLiveThreads)
+    copy_live_rows_kernel(const __grid_constant__ CopyLiveRowsArguments<Element> a) {
+  const int rows = a.live.count->rows;
+  if (rows == a.e.count) return;
+  constexpr int kWarps = kCopyLiveThreads / kWarpLanes;
+  const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
+  const int row = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarpLanes;
+  const int padded = (rows + kLiveRowsPadding - 1) / kLiveRowsPadding * kLiveRowsPadding;
+  if (row >= min(padded, a.e.count)) return;
+  const bool counts = row < rows;
+  const auto* from = reinterpret_cast<const uint4*>(a.e.data + (counts ? a.live.token(row) : 0) * a.e.stride);
+  auto* to = reinterpret_cast<uint4*>(a.out + static_cast<int64_t>(row) * a.d);
+#pragma unroll 4
+  for (int k = lane; k < a.d / kChunkElements; k += kWarpLanes) to[k] = counts ? from[k] : uint4{0, 0, 0, 0};
 }
 
 }  // namespace cce

@@ -16,6 +16,7 @@ namespace cce {
 template <typename Element>
 struct LogitsOperands {
   Rows<Element> e, c;
+  Rows<Element> live_e;
   int d;
   int steps;  // stages that D takes, counted on the host: the kernel has no register left to keep them
   int stages;
@@ -36,12 +37,8 @@ class LogitsLoader {
   // Starts the copies of the next stage, or none after the last.
   __device__ __forceinline__ void operator()(uint32_t stage) {
     if (unit_index_ >= work_.units) return;
-    if (work_.gathers) {
-      copy_listed_rows_of_mn<kLogitsRows>(stage, operands_.e, operands_.live.tokens, work_.rows, row_, depth_,
-                                          operands_.d);
-    } else {
-      copy_rows_of_mn<kLogitsRows>(stage, operands_.e, row_, depth_, operands_.d);
-    }
+    const Rows<Element>& e = work_.compact ? operands_.live_e : operands_.e;
+    copy_rows_of_mn<kLogitsRows>(stage, e, row_, depth_, operands_.d);
     copy_rows_of_mn<kLogitsColumns>(stage + kLogitsTileE, operands_.c, column_, depth_, operands_.d);
     depth_ += kLogitsDepth;
     if (depth_ >= operands_.d) begin_next_block();

@@ -5,12 +5,9 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels/copy_rows.cuh"
 #include "kernels/live_rows.cuh"
 #include "kernels/logits_sm90_config.h"
-#include "ptx/copy.cuh"
 #include "ptx/hopper.cuh"
-#include "ptx/sync.cuh"
 #include "ptx/wgmma.cuh"
 #include "tile/mma_sums.cuh"
 #include "tile/schedule.h"
@@ -24,13 +21,12 @@
 // C's tile and sends it to both, which halves what L2 has to deliver of C.
 namespace cce {
 
-template <typename Element>
 struct LogitsSm90Operands {
   CUtensorMap e, c;  // boxes of [128 or 256 / cluster rows][64 elements]
-  Rows<Element> rows;
+  CUtensorMap live_e;
   LiveRows live;
-  LogitsSchedule schedule;  // of all rows of E: kCluster blocks of rows each
-  int d;
+  LogitsSchedule schedule;  // of all n rows of E: kCluster blocks of rows each
+  int n;
   int steps;  // stages that D takes
 };
 
@@ -68,113 +64,45 @@ struct Ring {
   }
 };
 
-// Which rows of E and of C the stages of a block's units have, in their order: stage(row, column, depth), the
-// first of each.
-template <int kCluster, typename Stage>
-__device__ __forceinline__ void for_each_stage(const LogitsWork& work, int steps, const Stage& stage) {
+// The producer: one thread, which sends for all stages of all the block's units.
+template <int kCluster, bool kCacheHints>
+__device__ __forceinline__ void produce_logits_stages(const LogitsSm90Operands& operands,
+                                                      const LogitsWork& work, const Ring& ring) {
+  constexpr int kColumnsOfBlock = LogitsSm90::kColumnsOfBlock<kCluster>;
+  constexpr auto kAllBlocks = static_cast<uint16_t>((1 << kCluster) - 1);
   const int rank = kCluster == 1 ? 0 : static_cast<int>(ptx::cluster_rank());
+  const uint64_t policy_e = kCacheHints ? ptx::policy_evict_last() : ptx::policy_evict_normal();
+  const uint64_t policy_c = kCacheHints ? ptx::policy_evict_first() : ptx::policy_evict_normal();
+  const CUtensorMap* e = work.compact ? &operands.live_e : &operands.e;
+  ptx::prefetch_tensor_map(e);
+  ptx::prefetch_tensor_map(&operands.c);
+
+  RingPlace place;
   for (int index = blockIdx.x / kCluster; index < work.units; index += gridDim.x / kCluster) {
     const LogitsUnit unit = work.schedule.unit(index);
     const int row = (unit.row_block * kCluster + rank) * LogitsSm90::kRows;
     for (int block = unit.first_column_block; block < unit.end_column_block; ++block) {
-      const int column = block * LogitsSm90::kColumns + rank * LogitsSm90::kColumnsOfBlock<kCluster>;
-      for (int step = 0; step < steps; ++step) stage(row, column, step * LogitsSm90::kDepth);
-    }
-  }
-}
-
-// Waits until the slot is free in all blocks of the cluster, and has its barrier expect so many bytes. The
-// first round waits for nobody: on a new barrier the phase of the other parity counts as ended. The other
-// block's part may arrive sooner: the phase does not end without this arrival.
-__device__ __forceinline__ void begin_stage(const Ring& ring, const RingPlace& place, int bytes) {
-  ptx::mbarrier_wait(ring.empty(place.slot), place.parity ^ 1);
-  ptx::mbarrier_arrive_expect(ring.full(place.slot), static_cast<uint32_t>(bytes));
-}
-
-// C's part of a stage, of which each block of the cluster fetches its share for all.
-template <int kCluster>
-__device__ __forceinline__ void load_tile_c(const CUtensorMap& c, const Ring& ring, const RingPlace& place,
-                                            int depth, int column, uint64_t policy) {
-  constexpr auto kAllBlocks = static_cast<uint16_t>((1 << kCluster) - 1);
-  const int rank = kCluster == 1 ? 0 : static_cast<int>(ptx::cluster_rank());
-  const uint32_t tile = ring.tile_c(place.slot) + rank * LogitsSm90::kColumnsOfBlock<kCluster> * kRowBytes;
-  if constexpr (kCluster == 1) {
-    ptx::tma_load(tile, &c, ring.full(place.slot), depth, column, policy);
-  } else {
-    ptx::tma_load_multicast(tile, &c, ring.full(place.slot), depth, column, kAllBlocks, policy);
-  }
-}
-
-// The producer where all rows of E count: one thread, which sends for all stages of all the block's units.
-template <int kCluster, bool kCacheHints, typename Element>
-__device__ __forceinline__ void produce_logits_stages(const LogitsSm90Operands<Element>& operands,
-                                                      const LogitsWork& work, const Ring& ring) {
-  const uint64_t policy_e = kCacheHints ? ptx::policy_evict_last() : ptx::policy_evict_normal();
-  const uint64_t policy_c = kCacheHints ? ptx::policy_evict_first() : ptx::policy_evict_normal();
-  ptx::prefetch_tensor_map(&operands.e);
-  ptx::prefetch_tensor_map(&operands.c);
-  RingPlace place;
-  for_each_stage<kCluster>(work, operands.steps, [&](int row, int column, int depth) {
-    begin_stage(ring, place, LogitsSm90::kStageBytes);
-    ptx::tma_load(ring.tile_e(place.slot), &operands.e, ring.full(place.slot), depth, row, policy_e);
-    load_tile_c<kCluster>(operands.c, ring, place, depth, column, policy_c);
-    place.advance();
-  });
-}
-
-// Tells a stage's consumers that this warp's copies to it have arrived: all but the kPending latest groups of
-// the warp's have. What threads copy, wgmma reads by another proxy; here the fence delays nobody.
-template <int kPending>
-__device__ __forceinline__ void arrive_after_copies(uint32_t full) {
-  ptx::cp_async_wait<kPending>();
-  ptx::fence_async();
-  __syncwarp();
-  if (ptx::thread_number() % kWarpLanes == 0) ptx::mbarrier_arrive(full);
-}
-
-// The producers where they do not: a warpgroup gathers the rows that do, eight lanes a row, and tells of a
-// stage when it has begun the next. The copy engine still brings C.
-template <int kCluster, typename Element>
-__device__ __forceinline__ void gather_logits_stages(const LogitsSm90Operands<Element>& operands,
-                                                     const LogitsWork& work, const Ring& ring) {
-  constexpr int kPass = LogitsSm90::kWarpgroupThreads / 8;
-  constexpr int kPasses = LogitsSm90::kRows / kPass;
-  const int thread = static_cast<int>(threadIdx.x) % LogitsSm90::kWarpgroupThreads;
-  const int lane_row = thread / 8, lane_chunk = thread % 8;
-  RingPlace place;
-  uint32_t begun = 0;  // the barrier of the stage before, which may be on its way; 0: there is none
-  // The tokens of the thread's rows, -1 where there is none: a unit has the same for all its stages.
-  int tokens[kPasses];
-  int first_row = -1;
-  for_each_stage<kCluster>(work, operands.steps, [&](int row, int column, int depth) {
-    if (row != first_row) {
-      first_row = row;
-#pragma unroll
-      for (int p = 0; p < kPasses; ++p) {
-        const int listed = row + p * kPass + lane_row;
-        tokens[p] = listed < work.rows ? operands.live.tokens[listed] : -1;
+      const int column = block * LogitsSm90::kColumns + rank * kColumnsOfBlock;
+      for (int step = 0; step < operands.steps; ++step) {
+        const uint32_t full = ring.full(place.slot);
+        const uint32_t tile_e = ring.tile_e(place.slot);
+        const uint32_t tile_c = ring.tile_c(place.slot) + rank * kColumnsOfBlock * kRowBytes;
+        const int depth = step * LogitsSm90::kDepth;
+        // Waits until the slot is free in all blocks of the cluster. The first round waits for nobody: on a
+        // new barrier the phase of the other parity counts as ended.
+        ptx::mbarrier_wait(ring.empty(place.slot), place.parity ^ 1);
+        // The other block's part may arrive sooner: the phase does not end without this arrival.
+        ptx::mbarrier_arrive_expect(full, LogitsSm90::kStageBytes);
+        ptx::tma_load(tile_e, e, full, depth, row, policy_e);
+        if constexpr (kCluster == 1) {
+          ptx::tma_load(tile_c, &operands.c, full, depth, column, policy_c);
+        } else {
+          ptx::tma_load_multicast(tile_c, &operands.c, full, depth, column, kAllBlocks, policy_c);
+        }
+        place.advance();
       }
     }
-    if (thread == 0) {
-      begin_stage(ring, place, LogitsSm90::kTileC);
-      load_tile_c<kCluster>(operands.c, ring, place, depth, column, ptx::policy_evict_normal());
-    } else {
-      ptx::mbarrier_wait(ring.empty(place.slot), place.parity ^ 1);
-    }
-    __syncwarp();
-    const int k = depth + lane_chunk * kChunkElements;
-#pragma unroll
-    for (int p = 0; p < kPasses; ++p) {
-      const Element* from = operands.rows.data + max(tokens[p], 0) * operands.rows.stride + k;
-      ptx::cp_async_16(ring.tile_e(place.slot) + swizzled_offset(p * kPass + lane_row, lane_chunk), from,
-                       tokens[p] >= 0 && k < operands.d);
-    }
-    ptx::cp_async_commit();
-    if (begun != 0) arrive_after_copies<1>(begun);
-    begun = ring.full(place.slot);
-    place.advance();
-  });
-  if (begun != 0) arrive_after_copies<0>(begun);
+  }
 }
 
 // A consumer warp's part of a block's product: 16 rows of all the block's columns.
@@ -183,12 +111,15 @@ struct WarpgroupProduct {
   MmaSums<1, LogitsSm90::kColumns / 8> sums;
 
   // The sums over the next `steps` stages, whatever they held before. One stage's products are under way
-  // while the next stage's are sent after them; a stage is given back one step later.
+  // while the next stage's are sent after them; a stage is given back one step later. kFence: threads' copies
+  // have brought a part of the stages, not the copy engine.
+  template <bool kFence = false>
   __device__ __forceinline__ void multiply(const Ring& ring, RingPlace& place, int steps, int consumer) {
     int previous = 0;
     ptx::wgmma_hold(sums.tiles[0]);
     for (int step = 0; step < steps; ++step) {
       ptx::mbarrier_wait(ring.full(place.slot), place.parity);
+      if constexpr (kFence) ptx::fence_async();
       const uint64_t e =
           ptx::wgmma_operand(ring.tile_e(place.slot) + consumer * LogitsSm90::kConsumerRows * kRowBytes);
       const uint64_t c = ptx::wgmma_operand(ring.tile_c(place.slot));
@@ -223,10 +154,9 @@ struct WarpgroupProduct {
 
 // Epilogue: begin(row block), then for each block of columns block(sums, column block), then finish(split).
 // Each consumer warp has its own; where they meet, as the filter's do, it is at a barrier of all consumers.
-// kMayGather: the product may be of live rows alone.
 template <typename Element, typename Epilogue, int kCluster, bool kCacheHints>
 __global__ void __launch_bounds__(LogitsSm90::kThreads, 1)
-    logits_sm90_kernel(const __grid_constant__ LogitsSm90Operands<Element> operands,
+    logits_sm90_kernel(const __grid_constant__ LogitsSm90Operands operands,
                        const __grid_constant__ typename Epilogue::Arguments arguments) {
   // Setup
   extern __shared__ unsigned char memory[];
@@ -235,9 +165,9 @@ __global__ void __launch_bounds__(LogitsSm90::kThreads, 1)
   const Ring ring = {(begin + kAlignment - 1) / kAlignment * kAlignment};
   __shared__ LogitsWork work;
   if (threadIdx.x == 0) {
-    work.find(operands.schedule, operands.live, operands.rows.count, kCluster * LogitsSm90::kRows);
+    work.find(operands.schedule, operands.live, operands.n, kCluster * LogitsSm90::kRows);
     for (int slot = 0; slot < LogitsSm90::kStages; ++slot) {
-      ptx::mbarrier_init(ring.full(slot), work.gathers ? 1 + LogitsSm90::kProducerWarps : 1);
+      ptx::mbarrier_init(ring.full(slot), 1);
       ptx::mbarrier_init(ring.empty(slot), kCluster * LogitsSm90::kConsumerWarps);
     }
     ptx::mbarrier_init_fence();
@@ -254,9 +184,7 @@ __global__ void __launch_bounds__(LogitsSm90::kThreads, 1)
   if (warpgroup == LogitsSm90::kConsumers) {
     // Load
     ptx::keep_registers<LogitsSm90::kProducerRegisters>();
-    if (Epilogue::kMayGather && work.gathers) {
-      gather_logits_stages<kCluster>(operands, work, ring);
-    } else if (threadIdx.x % LogitsSm90::kWarpgroupThreads == 0) {
+    if (threadIdx.x % LogitsSm90::kWarpgroupThreads == 0) {
       produce_logits_stages<kCluster, kCacheHints>(operands, work, ring);
     }
   } else {

@@ -19,7 +19,6 @@ struct LogitsSm90 {
   static constexpr int kConsumerRows = kRows / kConsumers;
   static constexpr int kWarpgroupThreads = 4 * kWarpLanes;
   static constexpr int kConsumerWarps = kConsumers * kWarpgroupThreads / kWarpLanes;
-  static constexpr int kProducerWarps = kWarpgroupThreads / kWarpLanes;
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
 
   // Bytes of a stage.
@@ -29,8 +28,8 @@ struct LogitsSm90 {
 
   // Registers of a thread: all begin with a third of the multiprocessor's each; the producer's go to the
   // consumers, who hold 128 sums.
-  static constexpr int kProducerRegisters = 56;
-  static constexpr int kConsumerRegisters = 224;
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
   static constexpr int kFirstRegisters = 65536 / kThreads / 8 * 8;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= (kConsumers + 1) * kFirstRegisters,
                 "the consumers would wait for registers for ever");

@@ -16,7 +16,6 @@ template <typename Element, int kPolynomialEighths>
 class LseEpilogueSm90 {
  public:
   using Arguments = LseArguments<Element>;
-  static constexpr bool kMayGather = true;
 
   __device__ __forceinline__ explicit LseEpilogueSm90(const Arguments& a)
       : a_(a), lane_(static_cast<int>(threadIdx.x) % kWarpLanes) {}

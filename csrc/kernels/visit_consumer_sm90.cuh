@@ -67,7 +67,7 @@ class VisitConsumer {
     {
       Logits logits;
       logits.sums.clear();
-      logits.multiply(ring_, place_, steps, warpgroup());
+      logits.template multiply<true>(ring_, place_, steps, warpgroup());
       write_dz(logits.sums, slot, dz);
     }
     int tokens[2];
@@ -214,7 +214,7 @@ class VisitConsumer {
     const int end = static_cast<int>(slices.end);
     for (int slice = static_cast<int>(slices.begin); slice < end; ++slice) {
       BlockSums sums;
-      multiply_transposed(sums, rows);
+      multiply_transposed<true>(sums, rows);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int64_t row0 = static_cast<int64_t>(item.strip) * kTileColumns + first_row(half);
@@ -232,7 +232,9 @@ class VisitConsumer {
     return warpgroup() * 128 + half * 64 + warp() * 16;
   }
 
-  // The product of two operands whose rows are k: 256 columns of the one, transposed, with 128 of D.
+  // The product of two operands whose rows are k: 256 columns of the one, transposed, with 128 of D. kFence:
+  // threads have brought a part of them.
+  template <bool kFence>
   __device__ __forceinline__ void multiply_transposed(BlockSums& sums, int depth) {
     int previous = -1;
 #pragma unroll
@@ -242,6 +244,7 @@ class VisitConsumer {
     }
     for (int k0 = 0; k0 < depth; k0 += kDepth) {
       ptx::mbarrier_wait(ring_.full(place_.slot), place_.parity);
+      if constexpr (kFence) ptx::fence_async();
       const uint64_t b = ptx::wgmma_operand_mn(ring_.tile_e(place_.slot), kBox);
       const uint64_t a = ptx::wgmma_operand_mn(ring_.tile_c(place_.slot) + 2 * warpgroup() * kBox, kBox);
       const int parts = min((depth - k0 + 15) / 16, kDepth / 16);
@@ -287,7 +290,7 @@ class VisitConsumer {
   // With what the control variate gives: the residual masses times the centroids.
   __device__ __forceinline__ void finish_rows(const RoundedPart& part) {
     BlockSums sums;
-    multiply_transposed(sums, a_.layout.strips);
+    multiply_transposed<false>(sums, a_.layout.strips);
     const int d0 = static_cast<int>(part.slices.begin) * kVisitSlice;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

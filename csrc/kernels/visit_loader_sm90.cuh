@@ -41,8 +41,6 @@ class VisitLoader {
       } else {
         load_visits(slot);
       }
-      // The next item may wait for what the consumers make of this one.
-      tell();
       __syncwarp();
       if (thread() % kWarpLanes == 0) ptx::mbarrier_arrive(slots_.done(place.slot));
     }
@@ -75,7 +73,7 @@ class VisitLoader {
     for (int slice = 0; slice < slices; ++slice) {
       begin_stage(LogitsSm90::kTileC);
       if (thread() == 0) load_c(slice * VisitsSm90::kSlice, column0);
-      end_fetched_stage();
+      end_stage();
     }
   }
 
@@ -141,7 +139,7 @@ class VisitLoader {
         ptx::tma_load(ring_.tile_e(place_.slot) + box * kBox, &maps_.centroids, full, d0 + box * kRowElements,
                       tile, ptx::policy_evict_normal());
       }
-      end_fetched_stage();
+      end_stage();
     }
   }
 
@@ -155,24 +153,11 @@ class VisitLoader {
   __device__ __forceinline__ void begin_stage(int bytes) {
     ptx::mbarrier_wait(ring_.empty(place_.slot), place_.parity ^ 1);
     if (thread() == 0) ptx::mbarrier_arrive_expect(ring_.full(place_.slot), static_cast<uint32_t>(bytes));
+    // Before other threads' copies arrive: their bytes would be more than expected.
     __syncwarp();
   }
-  // Ends a stage of which threads have copied a part. The consumers hear of it when the next one has begun.
   __device__ __forceinline__ void end_stage() {
-    ptx::cp_async_commit();
-    if (begun_ != 0) arrive_after_copies<1>(begun_);
-    begun_ = ring_.full(place_.slot);
-    place_.advance();
-  }
-  // Tells the consumers of the stage that they have not heard of.
-  __device__ __forceinline__ void tell() {
-    if (begun_ != 0) arrive_after_copies<0>(begun_);
-    begun_ = 0;
-  }
-  // Ends a stage of the copy engine's alone.
-  __device__ __forceinline__ void end_fetched_stage() {
-    tell();
-    if (thread() % kWarpLanes == 0) ptx::mbarrier_arrive(ring_.full(place_.slot));
+    ptx::mbarrier_arrive_after_copies(ring_.full(place_.slot));
     place_.advance();
   }
 
@@ -192,7 +177,6 @@ class VisitLoader {
   const VisitSlots slots_;
   const Ring ring_;
   RingPlace place_;
-  uint32_t begun_ = 0;  // the barrier of a stage that the consumers have not heard of; 0: there is none
 };
 
 }  // namespace cce

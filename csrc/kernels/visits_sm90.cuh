@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(VisitsSm90::kThreads, 1)
   const VisitSlots slots = {begin};
   if (threadIdx.x == 0) {
     for (int slot = 0; slot < LogitsSm90::kStages; ++slot) {
-      ptx::mbarrier_init(ring.full(slot), 1 + VisitsSm90::kLoaderWarps);
+      ptx::mbarrier_init(ring.full(slot), 1 + VisitsSm90::kLoaderThreads);
       ptx::mbarrier_init(ring.empty(slot), LogitsSm90::kConsumerWarps);
     }
     for (int slot = 0; slot < VisitsSm90::kSlots; ++slot) {
@@ -42,14 +42,14 @@ __global__ void __launch_bounds__(VisitsSm90::kThreads, 1)
   // The same for all lanes of a warp, and the compiler is to know it.
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpLanes, 0);
   if (warp >= VisitsSm90::kFirstLoaderWarp) {
-    ptx::keep_registers<LogitsSm90::kProducerRegisters>();
+    ptx::keep_registers<VisitsSm90::kProducerRegisters>();
     if (warp < VisitsSm90::kScoutWarp) {
       VisitLoader<Element>(maps, a, shared, ring).run();
     } else if (warp == VisitsSm90::kScoutWarp) {
       VisitScout<Element>(a, shared, slots).run();
     }
   } else {
-    ptx::take_registers<LogitsSm90::kConsumerRegisters>();
+    ptx::take_registers<VisitsSm90::kConsumerRegisters>();
     VisitConsumer<Element>(a, shared, ring).run();
   }
 }

@@ -21,6 +21,12 @@ struct VisitsSm90 {
   static constexpr int kScoutWarp = kFirstLoaderWarp + kLoaderWarps;
   static constexpr int kThreads = LogitsSm90::kThreads;
   static constexpr int kSlots = 2;  // items that a block holds: one is worked on, the other is ready
+
+  static constexpr int kProducerRegisters = 56;
+  static constexpr int kConsumerRegisters = 224;
+  static_assert(kProducerRegisters + LogitsSm90::kConsumers * kConsumerRegisters <=
+                    (LogitsSm90::kConsumers + 1) * LogitsSm90::kFirstRegisters,
+                "the consumers would wait for registers for ever");
 };
 
 // An item that the scout has found, with all that the others need to know.

@@ -28,7 +28,8 @@ LaunchError launch_gradient(const LossInputs& in, const LogitsPlan& plan, const 
   const auto launch = a.threshold > 0 ? launch_logits_sm80<Element, GradientEpilogue<Element, true>>
                                       : launch_logits_sm80<Element, GradientEpilogue<Element, false>>;
   const LogitsSchedule schedule = plan.schedule(in.n, a.columns);
-  return launch(in, a.first_column, a.columns, plan, schedule, LiveRows{}, plan.blocks(schedule), a, stream);
+  return launch(in, a.first_column, a.columns, plan, schedule, LiveRows{}, nullptr, plan.blocks(schedule), a,
+                stream);
 }
 
 // Chunk by chunk of the vocabulary: dz, then its products with E and C.

@@ -9,7 +9,7 @@ LaunchError launch_lse_sm90(const LceForwardParams& p, const LceForwardPlan& pla
     using Element = decltype(element);
     using Epilogue = LseEpilogueSm90<Element, kSm90PolynomialEighths>;
     return launch_logits_sm90<Element, Epilogue>(p.in, 0, p.in.v, plan.logits, plan.schedule, live_rows_of(p),
-                                                 plan.blocks, lse_arguments<Element>(p), stream);
+                                                 p.live_e, plan.blocks, lse_arguments<Element>(p), stream);
   });
 }
 

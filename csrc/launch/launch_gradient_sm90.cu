@@ -10,7 +10,8 @@ LaunchError launch_gradient_sm90(const LossInputs& in, const LogitsPlan& plan,
   const auto launch = a.threshold > 0 ? launch_logits_sm90<Element, GradientEpilogueSm90<Element, true>>
                                       : launch_logits_sm90<Element, GradientEpilogueSm90<Element, false>>;
   const LogitsSchedule schedule = plan.schedule(in.n, a.columns);
-  return launch(in, a.first_column, a.columns, plan, schedule, LiveRows{}, plan.blocks(schedule), a, stream);
+  return launch(in, a.first_column, a.columns, plan, schedule, LiveRows{}, nullptr, plan.blocks(schedule), a,
+                stream);
 }
 
 template LaunchError launch_gradient_sm90<__half>(const LossInputs&, const LogitsPlan&,

@@ -13,24 +13,27 @@ namespace cce {
 template <typename Element, typename Epilogue, int kCluster>
 LaunchError launch_logits_sm90_in_clusters(const LossInputs& in, int64_t first, int64_t columns,
                                            const LogitsPlan& plan, const LogitsSchedule& schedule,
-                                           const LiveRows& live, int blocks,
+                                           const LiveRows& live, const void* live_e, int blocks,
                                            const typename Epilogue::Arguments& arguments, void* stream) {
   const auto kernel = logits_sm90_kernel<Element, Epilogue, kCluster, kSm90CacheHints>;
   cudaError_t error = allow_shared_memory(kernel, plan.shared_bytes);
   if (error != cudaSuccess) return cuda_error(error);
 
   const Rows<Element> e = rows_of_e<Element>(in), c = rows_of_c<Element>(in, first, columns);
-  LogitsSm90Operands<Element> operands{};
+  LogitsSm90Operands operands{};
   const char* refused = encode_rows<Element>(operands.e, e.data, e.count, in.d, e.stride, LogitsSm90::kRows);
+  if (refused == nullptr && live_e != nullptr) {
+    refused = encode_rows<Element>(operands.live_e, static_cast<const Element*>(live_e), in.n, in.d, in.d,
+                                   LogitsSm90::kRows);
+  }
   if (refused == nullptr) {
     refused = encode_rows<Element>(operands.c, c.data, c.count, in.d, c.stride,
                                    LogitsSm90::kColumnsOfBlock<kCluster>);
   }
   if (refused != nullptr) return {"CUDA", refused};
-  operands.rows = e;
   operands.live = live;
   operands.schedule = schedule;
-  operands.d = static_cast<int>(in.d);
+  operands.n = static_cast<int>(in.n);
   operands.steps = static_cast<int>(ceil_div(in.d, LogitsSm90::kDepth));
 
   cudaLaunchAttribute cluster{};
@@ -52,11 +55,11 @@ LaunchError launch_logits_sm90_in_clusters(const LossInputs& in, int64_t first, 
 // As launch_logits_sm80, by Hopper's kernel.
 template <typename Element, typename Epilogue>
 LaunchError launch_logits_sm90(const LossInputs& in, int64_t first, int64_t columns, const LogitsPlan& plan,
-                               const LogitsSchedule& schedule, const LiveRows& live, int blocks,
-                               const typename Epilogue::Arguments& arguments, void* stream) {
+                               const LogitsSchedule& schedule, const LiveRows& live, const void* live_e,
+                               int blocks, const typename Epilogue::Arguments& arguments, void* stream) {
   const auto launch = plan.cluster == 2 ? launch_logits_sm90_in_clusters<Element, Epilogue, 2>
                                         : launch_logits_sm90_in_clusters<Element, Epilogue, 1>;
-  return launch(in, first, columns, plan, schedule, live, blocks, arguments, stream);
+  return launch(in, first, columns, plan, schedule, live, live_e, blocks, arguments, stream);
 }
 
 }  // namespace cce

@@ -36,6 +36,7 @@ struct LceForwardParams {
   float* label_logits;  // [n]
   int* live_tokens;     // scratch: [n]
   void* live_count;     // scratch: LiveCount
+  void* live_e;         // scratch: [n, d] of e's dtype
   float* partial_lse;   // scratch: the plan's partials
   void* tile_map;       // [tiles, n] codes of 16 bits, or null
   float* nll;           // [n]

@@ -55,6 +55,7 @@ std::tuple<Tensor, Tensor, Tensor> lce_forward(const Tensor& e_in, const Tensor&
   space.add(params.label_logits, n * word);
   space.add(params.live_tokens, n * word);
   space.add(params.live_count, kLiveCountBytes);
+  space.add(params.live_e, n * in.d * 2);
   space.add(params.partial_lse, plan.partials * word);
   const Tensor memory = space.allocate(e);
   const LabelLogitsParams label = {in, params.label_logits};

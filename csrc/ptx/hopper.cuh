@@ -87,6 +87,12 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
   } while (ended == 0);
 }
 
+// Arrives, when all copies of cp_async_16() that this thread has started before have arrived; counted among
+// the barrier's arrivals. "cp.async.mbarrier.arrive.noinc" (PTX 7.0, sm_80).
+__device__ __forceinline__ void mbarrier_arrive_after_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 // ---- The copy engine ----
 
 // Copies of boxes of a matrix to shared memory by the copy engine; the matrix is described by a tensor map in
