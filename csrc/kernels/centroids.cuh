@@ -92,6 +92,7 @@ __global__ void __launch_bounds__(kMeanThreads)
   const int column = static_cast<int>(blockIdx.x) * kMeanThreads + static_cast<int>(threadIdx.x);
   if (column >= a.d) return;
   float total = 0.0f;
+#pragma unroll 16
   for (int split = 0; split < kMeanSplits; ++split)
     total += a.sums[static_cast<int64_t>(split) * a.d + column];
   a.mean[column] = narrow<Element>(total / static_cast<float>(max(count, 1)));

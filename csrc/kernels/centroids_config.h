@@ -6,7 +6,7 @@
 namespace cce {
 
 // Runs of tokens, whose sums are taken by themselves and then joined to the mean token's.
-constexpr int kMeanSplits = 32;
+constexpr int kMeanSplits = 64;
 
 constexpr int kCentroidThreads = 256;
 constexpr int kCentroidWarps = kCentroidThreads / kWarpLanes;

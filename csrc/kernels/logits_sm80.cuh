@@ -29,16 +29,17 @@ struct LogitsOperands {
 template <typename Element>
 class LogitsLoader {
  public:
-  __device__ __forceinline__ LogitsLoader(const LogitsOperands<Element>& operands, const LogitsWork& work)
-      : operands_(operands), work_(work), unit_index_(blockIdx.x) {
+  // e: the rows that `work` is of. Both are in shared memory: there are no registers left for them.
+  __device__ __forceinline__ LogitsLoader(const LogitsOperands<Element>& operands, const LogitsWork& work,
+                                          const Rows<Element>& e)
+      : operands_(operands), work_(work), e_(e), unit_index_(blockIdx.x) {
     begin_unit();
   }
 
   // Starts the copies of the next stage, or none after the last.
   __device__ __forceinline__ void operator()(uint32_t stage) {
     if (unit_index_ >= work_.units) return;
-    const Rows<Element>& e = work_.compact ? operands_.live_e : operands_.e;
-    copy_rows_of_mn<kLogitsRows>(stage, e, row_, depth_, operands_.d);
+    copy_rows_of_mn<kLogitsRows>(stage, e_, row_, depth_, operands_.d);
     copy_rows_of_mn<kLogitsColumns>(stage + kLogitsTileE, operands_.c, column_, depth_, operands_.d);
     depth_ += kLogitsDepth;
     if (depth_ >= operands_.d) begin_next_block();
@@ -62,7 +63,8 @@ class LogitsLoader {
   }
 
   const LogitsOperands<Element>& operands_;
-  const LogitsWork& work_;  // shared
+  const LogitsWork& work_;
+  const Rows<Element>& e_;
   int unit_index_;
   int row_, column_;  // first rows of e and of c
   int end_column_;
@@ -86,11 +88,15 @@ __global__ void __launch_bounds__(kLogitsThreads, 1)
   const uint32_t ring = shared_address(shared);
   Epilogue epilogue(arguments, shared + operands.stages * kLogitsStageBytes);
   __shared__ LogitsWork work;
-  if (thread == 0) work.find(operands.schedule, operands.live, operands.e.count, kLogitsRows);
+  __shared__ Rows<Element> e;
+  if (thread == 0) {
+    work.find(operands.schedule, operands.live, operands.e.count, kLogitsRows);
+    e = work.compact ? operands.live_e : operands.e;
+  }
   __syncthreads();
 
   // Load
-  LogitsLoader<Element> loader(operands, work);
+  LogitsLoader<Element> loader(operands, work, e);
   StageStream<kLogitsStageBytes, LogitsLoader<Element>> stream(ring, operands.stages, loader);
 
   // Compute

@@ -73,7 +73,7 @@ class VisitConsumer {
     int tokens[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) tokens[r] = slot.token[row0 + warp() * 16 + lane() / 4 + 8 * r];
-    for (int slice = 0; slice < slices; ++slice) {
+    for (int slice = slices - 1; slice >= 0; --slice) {
       float sums[VisitsSm90::kSlice / 8][4];
       clear(sums);
       ptx::mbarrier_wait(ring_.full(place_.slot), place_.parity);

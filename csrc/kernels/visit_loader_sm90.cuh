@@ -70,7 +70,8 @@ class VisitLoader {
       }
       end_stage();
     }
-    for (int slice = 0; slice < slices; ++slice) {
+    // Backwards: what was read last may still be in L2.
+    for (int slice = slices - 1; slice >= 0; --slice) {
       begin_stage(LogitsSm90::kTileC);
       if (thread() == 0) load_c(slice * VisitsSm90::kSlice, column0);
       end_stage();
