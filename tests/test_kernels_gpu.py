@@ -128,7 +128,9 @@ def test_inference_needs_little_memory():
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     ops.lce_forward(p.e, p.c, None, p.targets, None, need_map=False)
-    assert torch.cuda.max_memory_allocated() - before <= 2 * 2**20 + 4 * 8192 * 4
+    # Partial sums, the live rows' copy of e, and four numbers a token.
+    partials, live_e, tokens = 3 * 2**19, p.e.nbytes, 4 * 8192 * 4
+    assert torch.cuda.max_memory_allocated() - before <= partials + live_e + tokens + 4096
 
 
 def test_the_map_has_mass_and_norm_of_each_tile():
