@@ -133,9 +133,11 @@ def linear_cross_entropy(
         filter_eps: the method's own eps. For "cce" the sampling eps in (0, 0.5], "auto" = 2^-8: a token's gradient
             visits at most 1/eps vocab tiles in expectation; smaller is closer to exact and dearer. For "cce_threshold"
             the threshold in (0, 1), "auto" = finfo(dtype).eps / 32. None is the exact gradient.
-        accum_e_fp32, accum_c_fp32: accepted for compatibility. Gradients are always summed in fp32 (fp64 for fp64
-            inputs) and rounded once.
-        filter_e_grad, filter_c_grad: False computes that side's gradient (e's; c's and bias's) exactly.
+        accum_e_fp32: accepted for compatibility. Gradients are always summed in fp32 (fp64 for fp64 inputs) and rounded
+            once.
+        accum_c_fp32: likewise.
+        filter_e_grad: False computes e's gradient exactly.
+        filter_c_grad: False computes c's and bias's gradients exactly.
         impl: "cce" (sampled gradient, unbiased), "cce_exact", "cce_threshold" (the paper's filter; biased),
             "cce_kahan", "cce_kahan_full_c", "cce_kahan_full_e" (as "cce"; full_c: c's gradient exact; full_e: e's),
             "cce_kahan_full", "cce_kahan_full_c_full_e" (as "cce_exact"),
@@ -152,11 +154,12 @@ def linear_cross_entropy(
     those of the whole tensors, and DTensors as well.
 
     Returns:
-        loss, fp32 (fp64 for fp64 inputs): a scalar, or [.., T - shift] for "none". With return_lse also
+        The loss, in fp32 (fp64 for fp64 inputs), a scalar, or [.., T - shift] for "none". With return_lse also
         lse = log sum exp of the logits, [.., T - shift], same dtype.
 
     Raises:
-        TypeError: a dtype that is not supported or differs from e's. ValueError: shapes, devices or options.
+        TypeError: a dtype that is not supported or differs from e's.
+        ValueError: shapes, devices or options.
         IndexError: on the CPU, a target out of range (on CUDA its loss is NaN, and CCE_DEBUG=1 raises).
         RuntimeError: a CUDA tensor in a build without CUDA kernels.
         NotImplementedError: forward-mode AD and torch.func.grad, but for "reference"; a second derivative.
@@ -209,7 +212,12 @@ class LinearCrossEntropy(nn.Module):
 
     @_takes(Options)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Options as in linear_cross_entropy. Raises ValueError for those that no call could take."""
+        """Options as in linear_cross_entropy, in its order from ignore_index on.
+
+        Raises:
+            ValueError: options that no call could take.
+            TypeError: an option of a wrong type.
+        """
         super().__init__()
         options = Options(*args, **kwargs)
         options.check()
@@ -240,10 +248,17 @@ def compute_z_loss(
         lse: [.., T - shift], as linear_cross_entropy returns it with the same shift. May be a DTensor.
         targets: [.., T] or None. Tokens whose (shifted) target is ignore_index count for nothing. Plain targets beside
             a DTensor lse are the whole ones, the same on all ranks.
-        shift, ignore_index, reduction, mean_group: as given to linear_cross_entropy.
+        shift: as given to linear_cross_entropy.
+        ignore_index: likewise.
+        reduction: likewise.
+        mean_group: likewise.
 
-    Returns: a scalar, or lse's shape for "none", in lse's dtype. Raises TypeError for what is no tensor, ValueError for
-    shapes or options.
+    Returns:
+        A scalar, or lse's shape for "none", in lse's dtype.
+
+    Raises:
+        TypeError: what is no tensor.
+        ValueError: shapes or options.
     """
     check_reduction(reduction, mean_group)
     check_tensor("lse", lse)

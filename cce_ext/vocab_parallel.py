@@ -31,11 +31,13 @@ class VocabParallelOptions:
     on all ranks, to the last bit; c's and bias's gradients are those of this rank's rows.
 
     Attributes:
-        start, stop: this rank's rows, 0 <= start < stop.
+        start: this rank's first row.
+        stop: the row after its last; 0 <= start < stop.
         group: the ranks that share the vocabulary; None is all of them.
         reduce_e_grad: sum e's gradient over the group. False leaves each rank's own part, for a caller who sums it.
 
-    Raises ValueError for rows that cannot be.
+    Raises:
+        ValueError: rows that cannot be.
     """
 
     start: int
@@ -56,7 +58,8 @@ class VocabParallelOptions:
     ) -> VocabParallelOptions:
         """This rank's rows where the vocabulary is cut as DTensor's Shard(0) does: torch.chunk(c, R)[r] on rank r of R.
 
-        Raises ValueError, on all ranks, where that leaves the last ranks none.
+        Raises:
+            ValueError: on all ranks, where that leaves the last ranks none.
         """
         start, stop = even_rows(vocab_size, dist.get_rank(group), dist.get_world_size(group), "vocab_size")
         return cls(start, stop, group, reduce_e_grad)

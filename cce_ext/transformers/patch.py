@@ -70,19 +70,26 @@ def cce_patch(
     Args:
         model_or_model_type: a model (or PEFT's wrapper of one), which alone is patched; or a model type such as "llama"
             or a config, for the class: all its models, those that exist already as well.
-        impl, filter_eps, accum_e_fp32, accum_c_fp32, filter_e_grad, filter_c_grad: as in linear_cross_entropy.
+        impl: as in linear_cross_entropy.
         reduction: "mean" as in Transformers: the sum over num_items_in_batch where the Trainer gives it, else the mean
             over the tokens that count (NaN if there are none). "sum", and "none", which is [B, T - 1], or has
             shift_labels' shape, take no notice of num_items_in_batch.
+        filter_eps: as in linear_cross_entropy.
+        accum_e_fp32: likewise.
+        accum_c_fp32: likewise.
+        filter_e_grad: likewise.
+        filter_c_grad: likewise.
         train_only: a model in eval mode computes logits and its own loss. The Trainer's compute_metrics needs them:
             otherwise it is given an empty tuple.
 
-    Returns: the model, None for a type or a config.
+    Returns:
+        The model, None for a type or a config.
 
     Raises:
-        TypeError: neither a model of transformers nor a config nor a str. ValueError: an option, an unknown model type,
-            or a model that cannot be served, with the reason. NotImplementedError, where a loss is computed first: the
-            forward does with its logits what is not known here, or lm_head is more than a linear layer.
+        TypeError: neither a model of transformers nor a config nor a str.
+        ValueError: an option, an unknown model type, or a model that cannot be served, with the reason.
+        NotImplementedError: where a loss is computed first. The forward does with its logits what is not known here, or
+            lm_head is more than a linear layer.
     """
     options: dict[str, Any] = {
         "impl": impl,
@@ -114,8 +121,9 @@ cce_patch.supported = supported  # type: ignore[attr-defined]
 def cce_unpatch(model_or_model_type: nn.Module | str | transformers.PretrainedConfig) -> None:
     """Undo cce_patch of the same model, or of the same model type.
 
-    Raises ValueError for what is not patched, and for a model that was patched by itself and whose forward has been
-    replaced since.
+    Raises:
+        ValueError: what is not patched, or a model that was patched by itself and whose forward has been replaced
+            since.
     """
     if isinstance(model_or_model_type, nn.Module):
         model = _inner_model(model_or_model_type)

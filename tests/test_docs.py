@@ -1,0 +1,164 @@
+"""The site of docs/: its pages' snippets, executed as they stand there, its navigation, and what the pages take in."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.scripts import packaging_script
+
+import cce_ext
+import cce_ext.distributed
+import cce_ext.measure
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md"))
+REPOSITORY = "https://example.org/repository"
+hooks = packaging_script("docs_hooks")
+
+
+def page(name: str) -> str:
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def site_page(name: str, repository: str | None = REPOSITORY) -> str:
+    """As MkDocs gets it."""
+    return hooks.assembled(page(name), name, repository)
+
+
+# ---- snippets ----
+
+# Pages whose snippets run as they are, with what their names must hold afterwards. Those of the other pages take a
+# process group, a Hub or a model from elsewhere.
+RUN: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "index.md": lambda x: bool(x["classifier"].weight.grad.norm() > 0 and x["hidden"].grad.norm() > 0),
+    "start.md": lambda x: x["losses"][0] > 8 > x["losses"][-1] > 0,  # log 5000 is 8.5
+    "gradient.md": lambda x: bool(x["error_of_one"] > 0.01 and x["error_of_the_mean"] < 0.5 * x["error_of_one"]),
+    "transformers.md": lambda x: (
+        x["patched"].logits is None and math.isclose(x["before"].loss.item(), x["patched"].loss.item(), rel_tol=1e-5)
+    ),
+    "faq.md": lambda x: isinstance(x["total"], torch.Tensor),
+}
+NOT_RUN = {"distributed.md", "integrations.md"}
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_snippets(name, capsys):
+    """One after the other, in one namespace. An answer that names an error must have met it."""
+    if name == "transformers.md":
+        pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    names: dict[str, Any] = {"__name__": "snippet"}
+    code = re.findall(r"^```python\n(.*?)^```", page(name), re.DOTALL | re.MULTILINE)
+    for snippet in code:
+        exec(compile(snippet, name, "exec"), names)
+    assert RUN[name](names)
+    printed = capsys.readouterr().out
+    errors = re.findall(r"^    print\(error\)\n    # (?:\.\. )?(.*?)(?: \.\.\)?)?$", "".join(code), re.MULTILINE)
+    assert all(words in printed for words in errors), printed
+    assert len(errors) == "".join(code).count("print(error)") == (2 if name == "faq.md" else 0)
+
+
+def test_every_page_with_snippets_is_known():
+    with_snippets = {name for name in PAGES if "```python" in page(name)}
+    assert with_snippets == {*RUN, *NOT_RUN}
+
+
+def test_the_two_commands_are_the_readmes():
+    """Those that .ci/run executes."""
+    command = re.compile(r'^pip install "\.\[\w+\]" && .+$', re.MULTILINE)
+    found = command.findall(page("index.md"))
+    assert len(found) == 2
+    assert set(found) <= set(command.findall((ROOT / "README.md").read_text(encoding="utf-8")))
+
+
+# ---- the navigation and the reference ----
+
+
+def test_the_navigation_names_every_page():
+    """Once, and nothing else."""
+    _, _, rest = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")
+    navigation, _, _ = rest.partition("\n\n")
+    assert sorted(re.findall(r"^ +- [^:]+: (\S+)$", navigation, re.MULTILINE)) == PAGES
+
+
+@pytest.mark.parametrize("module", ["cce_ext", "cce_ext.transformers", "cce_ext.distributed", "cce_ext.measure"])
+def test_the_reference_has_all_that_is_public(module):
+    if module == "cce_ext.transformers":
+        public = pytest.importorskip(module, reason="transformers is not installed").__all__
+    elif module == "cce_ext.measure":  # it has no __all__
+        public = [name for name, x in vars(cce_ext.measure).items() if getattr(x, "__module__", "") == module]
+        public = [name for name in public if not name.startswith("_")]
+    else:
+        public = {"cce_ext": cce_ext, "cce_ext.distributed": cce_ext.distributed}[module].__all__
+    entries = set(re.findall(r"^::: (\S+)$", page("api.md"), re.MULTILINE))
+    entries |= set(re.findall(r"^\| `([\w.]+)` \|", page("api.md"), re.MULTILINE))
+    missing = {name for name in public if f"{module}.{name}" not in entries and f"cce_ext.{name}" not in entries}
+    assert public and not missing
+
+
+# ---- what the pages take in, and where links lead ----
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_pages_are_whole(name):
+    """Everything is taken in, and every relative link leads to a page or an image of the site."""
+    text = site_page(name)
+    assert "<!-- include" not in text
+    folder = (ROOT / "docs" / name).parent
+    for target in re.findall(r"\]\(([^()\s]+)\)", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)):
+        path = target.partition("#")[0]
+        if path and "://" not in path:
+            assert (folder / path).is_file(), f"{name} links to {target}"
+            assert (folder / path).resolve().is_relative_to(ROOT / "docs")
+
+
+def test_texts_and_tables_of_the_readme():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for row in re.findall(r'^\| `?"?cce.*\|$|^\| 2⁻.*\|$', readme, re.MULTILINE):
+        assert row in "".join(site_page(x) for x in ("gradient.md", "benchmark.md", "start.md"))
+
+
+def test_sections():
+    text = "# A\nof a\n\n## B: b\nof b\n\n```sh\n## no heading\n```\n\n### C\nof c\n## D\nof d\n"
+    assert hooks.section(text, "B: b", "x.md") == "of b\n\n```sh\n## no heading\n```\n\n### C\nof c"
+    assert hooks.section(text, "D", "x.md") == "of d"
+    assert hooks.section(text, None, "x.md").startswith("of a\n\n## B: b")
+    with pytest.raises(hooks.DocsError, match="x.md has no section 'E'"):
+        hooks.section(text, "E", "x.md")
+
+
+def test_links():
+    links = "[a](docs/faq.md#trl), [`b`](bench/README.md), [c](#d), [e](https://e.org/f), ![g [h]](docs/bench_h200.png)"
+    assert hooks.moved_links(links, "README.md", "index.md", REPOSITORY) == (
+        f"[a](faq.md#trl), [`b`]({REPOSITORY}/blob/main/bench/README.md), [c](#d), [e](https://e.org/f), "
+        "![g [h]](bench_h200.png)"
+    )
+    assert hooks.moved_links("[`b`](../bench/README.md)", "docs/a.md", "a.md", None) == "`b`"
+    code = "```python\nx[0](y)\n```"
+    assert hooks.moved_links(code, "README.md", "index.md", None) == code
+    with pytest.raises(hooks.DocsError, match=r"README.md links to docs/none.md, which is not there"):
+        hooks.moved_links("[a](docs/none.md)", "README.md", "index.md", None)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("<!-- include none.md -->", "docs/a.md includes none.md, which is not there"),
+        ("<!-- include README.md: None of it -->", "README.md has no section 'None of it'"),
+        ('<!-- include README.md: Limits, from "None" -->', "README.md has no paragraph that begins with 'None'"),
+    ],
+)
+def test_what_is_not_there_is_named(line, message):
+    with pytest.raises(hooks.DocsError, match=re.escape(message)):
+        hooks.assembled(line, "a.md", None)
+
+
+def test_the_end_of_a_section():
+    part = hooks.assembled('<!-- include README.md: Benchmark, from "What eps" -->', "a.md", None)
+    assert part.startswith("What eps costs and buys") and "| `cce_exact` |" in part and "Liger" not in part
