@@ -345,13 +345,3 @@ def test_label_logits_grid(host):
     assert plan(host, n=per_block)["blocks"] == 1
     assert plan(host, n=per_block + 1)["blocks"] == 2
     assert plan(host, n=per_block << 31)["blocks"] == 2**31 - 1
-
-
-def test_exp2_polynomial(host):
-    x = np.concatenate([np.linspace(-126, 127, 200_001), np.linspace(-2, 0, 200_001)]).astype(np.float32)
-    error = host.exp2_polynomial(x) / np.exp2(x.astype(np.float64)) - 1
-    assert np.abs(error).max() < 2e-7
-    integers = np.arange(-126, 128, dtype=np.float32)
-    assert np.array_equal(host.exp2_polynomial(integers), np.ldexp(np.float32(1), integers.astype(int)))
-    assert not host.exp2_polynomial(np.array([-np.inf, -1e30, -128, -127], np.float32)).any()
-    assert np.isnan(host.exp2_polynomial(np.array([np.nan], np.float32)))[0]

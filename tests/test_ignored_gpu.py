@@ -66,7 +66,7 @@ def assert_same_loss(outputs: tuple[Tensor, ...], others: tuple[Tensor, ...], li
 
 
 @each_dtype
-@pytest.mark.parametrize("shape", [*SHAPES, (1100, 64, 40000)], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (1100, 64, 40000), (20000, 8, 300)], ids=str)
 @each_pattern
 def test_a_live_token_has_the_loss_that_it_has_alone(pattern, shape, dtype):
     """The device chooses the splits of the columns as for so many tokens, so that all sums have the same order."""

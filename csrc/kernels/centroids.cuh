@@ -53,15 +53,24 @@ __global__ void __launch_bounds__(kMeanThreads)
   for (int64_t token0 = begin + warp; token0 < end; token0 += kWarps * kWarpLanes) {
     const int64_t asked = token0 + lane * kWarps;
     const uint32_t counts = __ballot_sync(0xffffffffu, asked < end && in_mean(a.rows[asked]));
-    if (column >= a.d) continue;
-#pragma unroll 8
-    for (int k = 0; k < kWarpLanes; ++k) {
-      // What the row of a token that does not count holds may be anything.
-      if ((counts >> k & 1) == 0) continue;
+    if (column >= a.d || counts == 0) continue;
+    const int stand_in = __ffs(counts) - 1;
+    constexpr int kInFlight = 8;
+    for (int k0 = 0; k0 < kWarpLanes; k0 += kInFlight) {
       using Chunk = Vector<Element, kChunkElements>;
-      const Chunk chunk = Chunk::load(a.e.data + (token0 + k * kWarps) * a.e.stride + column);
+      Chunk chunks[kInFlight];
 #pragma unroll
-      for (int c = 0; c < kChunkElements; ++c) sums[c] += widen<float>(chunk.values[c]);
+      for (int k = 0; k < kInFlight; ++k) {
+        const int from = (counts >> (k0 + k) & 1) != 0 ? k0 + k : stand_in;
+        chunks[k] = Chunk::load(a.e.data + (token0 + from * kWarps) * a.e.stride + column);
+      }
+#pragma unroll
+      for (int k = 0; k < kInFlight; ++k) {
+        // What the row of a token that does not count holds may be anything.
+        if ((counts >> (k0 + k) & 1) == 0) continue;
+#pragma unroll
+        for (int c = 0; c < kChunkElements; ++c) sums[c] += widen<float>(chunks[k].values[c]);
+      }
     }
   }
 #pragma unroll

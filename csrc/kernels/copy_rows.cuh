@@ -4,17 +4,10 @@
 
 #include "kernels/logits_sm80_config.h"
 #include "tile/ring.cuh"
+#include "tile/rows.h"
 
 // How rows of a matrix become a tile of a stage. All threads of a block take part.
 namespace cce {
-
-// Rows of contiguous elements; stride in elements.
-template <typename Element>
-struct Rows {
-  const Element* data;
-  int64_t stride;
-  int count;
-};
 
 // A tile [kRows][64 k] of rows that are indexed by m or n, of `depth` elements.
 template <int kRows, typename Element>

@@ -2,50 +2,16 @@
 
 #include <cstdint>
 
-#include "kernels/copy_rows.cuh"
+#include "kernels/forward_splits.h"
+#include "kernels/live_rows.h"
 #include "tile/block_scan.cuh"
 #include "tile/constants.h"
-#include "tile/element.cuh"
-#include "tile/schedule.h"
+#include "tile/rows.h"
+#include "tile/swizzle.h"
 #include "tile/target.cuh"
 
-// Which tokens the forward has to look at. Prompts and padding are ignored: the product takes the rows of the
-// others alone, from a copy, and only the device knows how many there are.
+// The kernels that find the tokens that count, and copy their rows.
 namespace cce {
-
-struct LiveCount {
-  int rows;
-  int splits;  // of the columns, as for so many rows alone
-};
-
-struct LiveRows {
-  const int* tokens;  // [n], of which the first `rows` are those that count, in their order; or null: all do
-  const LiveCount* count;  // one; or null
-
-  __device__ __forceinline__ int token(int row) const { return tokens == nullptr ? row : tokens[row]; }
-};
-
-// What the blocks of a product E C^T do: of all tokens, or of those that count. In shared memory: the
-// products take the registers.
-struct LogitsWork {
-  LogitsSchedule schedule;
-  int units;
-  bool compact;  // the rows are those of the copy: some tokens do not count
-
-  // rows_of_unit: of a row block of the schedule, whose row blocks and splits are for all n.
-  __device__ __forceinline__ void find(const LogitsSchedule& of_all, const LiveRows& live, int n,
-                                       int rows_of_unit) {
-    schedule = of_all;
-    compact = false;
-    if (live.count != nullptr) {
-      const LiveCount count = *live.count;
-      schedule.row_blocks = (count.rows + rows_of_unit - 1) / rows_of_unit;
-      schedule.splits = count.splits;
-      compact = count.rows < n;
-    }
-    units = schedule.units();
-  }
-};
 
 struct LiveRowsArguments {
   Targets targets;  // [n]
@@ -95,14 +61,12 @@ static __global__ void __launch_bounds__(kLiveThreads) live_rows_kernel(LiveRows
     rows += total;
   }
   __syncthreads();
-  // The least time, and among equals the fewest runs.
   const int most = a.splits.most(rows);
   for (int splits = 1 + static_cast<int>(threadIdx.x); splits <= most; splits += kLiveThreads) {
-    const auto time = static_cast<unsigned long long>(a.splits.time(rows, splits));
-    atomicMin(&best, time << 24 | static_cast<unsigned long long>(splits));
+    atomicMin(&best, static_cast<unsigned long long>(a.splits.rank(rows, splits)));
   }
   __syncthreads();
-  if (threadIdx.x == 0) *a.count = {rows, most == 0 ? 0 : static_cast<int>(best & 0xffffff)};
+  if (threadIdx.x == 0) *a.count = {rows, most == 0 ? 0 : ForwardSplits::splits_of(best)};
 }
 
 constexpr int kCopyLiveThreads = 256;
@@ -115,7 +79,8 @@ struct CopyLiveRowsArguments {
   Element* out;  // [n, d], of which the rows that count are written, in their order
 };
 
-// Rows that a unit of the product may read beyond the last.
+// Rows that a unit of the product may read beyond the last. They reach nothing, but what is read is to have
+// been written: compute-sanitizer knows no better.
 constexpr int kLiveRowsPadding = 256;
 
 // Copies them, a warp a row, and makes the padding zeros; where all count, nothing.
@@ -130,10 +95,14 @@ __global__ void __launch_bounds__(kCopyLiveThreads)
   const int padded = (rows + kLiveRowsPadding - 1) / kLiveRowsPadding * kLiveRowsPadding;
   if (row >= min(padded, a.e.count)) return;
   const bool counts = row < rows;
-  const auto* from = reinterpret_cast<const uint4*>(a.e.data + (counts ? a.live.token(row) : 0) * a.e.stride);
-  auto* to = reinterpret_cast<uint4*>(a.out + static_cast<int64_t>(row) * a.d);
+  const int token = counts ? a.live.tokens[row] : 0;
+  // Two pointers that do not meet, so that loads need not wait for stores.
+  const auto* __restrict__ from = reinterpret_cast<const uint4*>(a.e.data + token * a.e.stride);
+  auto* __restrict__ to = reinterpret_cast<uint4*>(a.out + static_cast<int64_t>(row) * a.d);
 #pragma unroll 4
-  for (int k = lane; k < a.d / kChunkElements; k += kWarpLanes) to[k] = counts ? from[k] : uint4{0, 0, 0, 0};
+  for (int k = lane; k < a.d / kChunkElements; k += kWarpLanes) {
+    to[k] = counts ? __ldg(from + k) : uint4{0, 0, 0, 0};
+  }
 }
 
 }  // namespace cce

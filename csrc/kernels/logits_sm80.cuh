@@ -3,7 +3,7 @@
 #include <cstdint>
 
 #include "kernels/copy_rows.cuh"
-#include "kernels/live_rows.cuh"
+#include "kernels/live_rows.h"
 #include "kernels/logits_sm80_config.h"
 #include "tile/ring.cuh"
 #include "tile/schedule.h"

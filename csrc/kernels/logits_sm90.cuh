@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels/live_rows.cuh"
+#include "kernels/live_rows.h"
 #include "kernels/logits_sm90_config.h"
 #include "ptx/hopper.cuh"
 #include "ptx/wgmma.cuh"
@@ -65,14 +65,13 @@ struct Ring {
 };
 
 // The producer: one thread, which sends for all stages of all the block's units.
-template <int kCluster, bool kCacheHints>
+template <int kCluster>
 __device__ __forceinline__ void produce_logits_stages(const LogitsSm90Operands& operands,
                                                       const LogitsWork& work, const Ring& ring) {
   constexpr int kColumnsOfBlock = LogitsSm90::kColumnsOfBlock<kCluster>;
   constexpr auto kAllBlocks = static_cast<uint16_t>((1 << kCluster) - 1);
   const int rank = kCluster == 1 ? 0 : static_cast<int>(ptx::cluster_rank());
-  const uint64_t policy_e = kCacheHints ? ptx::policy_evict_last() : ptx::policy_evict_normal();
-  const uint64_t policy_c = kCacheHints ? ptx::policy_evict_first() : ptx::policy_evict_normal();
+  const uint64_t policy = ptx::policy_evict_normal();
   const CUtensorMap* e = work.compact ? &operands.live_e : &operands.e;
   ptx::prefetch_tensor_map(e);
   ptx::prefetch_tensor_map(&operands.c);
@@ -93,11 +92,11 @@ __device__ __forceinline__ void produce_logits_stages(const LogitsSm90Operands& 
         ptx::mbarrier_wait(ring.empty(place.slot), place.parity ^ 1);
         // The other block's part may arrive sooner: the phase does not end without this arrival.
         ptx::mbarrier_arrive_expect(full, LogitsSm90::kStageBytes);
-        ptx::tma_load(tile_e, e, full, depth, row, policy_e);
+        ptx::tma_load(tile_e, e, full, depth, row, policy);
         if constexpr (kCluster == 1) {
-          ptx::tma_load(tile_c, &operands.c, full, depth, column, policy_c);
+          ptx::tma_load(tile_c, &operands.c, full, depth, column, policy);
         } else {
-          ptx::tma_load_multicast(tile_c, &operands.c, full, depth, column, kAllBlocks, policy_c);
+          ptx::tma_load_multicast(tile_c, &operands.c, full, depth, column, kAllBlocks, policy);
         }
         place.advance();
       }
@@ -154,7 +153,7 @@ struct WarpgroupProduct {
 
 // Epilogue: begin(row block), then for each block of columns block(sums, column block), then finish(split).
 // Each consumer warp has its own; where they meet, as the filter's do, it is at a barrier of all consumers.
-template <typename Element, typename Epilogue, int kCluster, bool kCacheHints>
+template <typename Element, typename Epilogue, int kCluster>
 __global__ void __launch_bounds__(LogitsSm90::kThreads, 1)
     logits_sm90_kernel(const __grid_constant__ LogitsSm90Operands operands,
                        const __grid_constant__ typename Epilogue::Arguments arguments) {
@@ -185,7 +184,7 @@ __global__ void __launch_bounds__(LogitsSm90::kThreads, 1)
     // Load
     ptx::keep_registers<LogitsSm90::kProducerRegisters>();
     if (threadIdx.x % LogitsSm90::kWarpgroupThreads == 0) {
-      produce_logits_stages<kCluster, kCacheHints>(operands, work, ring);
+      produce_logits_stages<kCluster>(operands, work, ring);
     }
   } else {
     // Compute

@@ -61,9 +61,4 @@ static_assert(sizeof(LogitsSm90Shared::Stage) % LogitsSm90Shared::kAlignment == 
 constexpr int kLogitsSm90SharedBytes =
     LogitsSm90Shared::kAlignment + static_cast<int>(sizeof(LogitsSm90Shared));
 
-// To be measured: how many of eight columns' exponentials are taken by a polynomial instead of the special
-// function unit, and whether L2 is told to keep E and to let C go.
-constexpr int kSm90PolynomialEighths = 0;
-constexpr bool kSm90CacheHints = false;
-
 }  // namespace cce

@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "kernels/live_rows.cuh"
+#include "kernels/live_rows.h"
 #include "ptx/math.cuh"
 #include "tile/softcap.cuh"
 #include "tile/target.cuh"
@@ -80,13 +80,13 @@ struct LseFinishArguments {
 };
 
 // Joins the partial log-sum-exps of each token, in their order. An ignored token's loss and lse are 0, and
-// its codes say "or less".
+// its codes say "or less": nobody reads them, but an output is to be the same each time.
 static __global__ void __launch_bounds__(kLseFinishThreads) lse_finish_kernel(LseFinishArguments a) {
   const int index = static_cast<int>(blockIdx.x) * kLseFinishThreads + static_cast<int>(threadIdx.x);
   if (index >= a.n) return;
   const LiveCount live = *a.live.count;
   if (index < live.rows) {
-    const int token = a.live.token(index);
+    const int token = a.live.tokens[index];
     MaxSum total = MaxSum::none();
     for (int split = 0; split < live.splits; ++split) {
       total.add({a.partial_lse[static_cast<int64_t>(split) * live.rows + index], 1.0f});

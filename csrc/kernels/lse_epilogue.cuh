@@ -45,7 +45,7 @@ class LseEpilogue {
     running_[ptx::thread_number()].add(tile.max_sum());
     const int row = own_row(unit);
     if (a_.tile_map != nullptr && row < a_.live.count->rows) {
-      const int token = a_.live.token(row);
+      const int token = a_.live.tokens[row];
       a_.tile_map[static_cast<int64_t>(column_block) * a_.n + token] = tile.code(a_.label_logits[token]);
     }
   }

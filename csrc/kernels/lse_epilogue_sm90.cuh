@@ -5,14 +5,14 @@
 #include "kernels/finish_logits.cuh"
 #include "kernels/logits_sm90_config.h"
 #include "kernels/lse.cuh"
-#include "tile/exp2.h"
+#include "ptx/math.cuh"
 
 namespace cce {
 
 // As LseEpilogue, from the registers of wgmma: a quad of lanes holds all 256 columns of two rows, a vocab
 // tile, so that rows are reduced by shuffles alone. Even lanes of a quad keep the first row's log-sum-exp,
 // odd ones that of the row eight below. What a warp writes of the tile map are 16 neighbouring entries.
-template <typename Element, int kPolynomialEighths>
+template <typename Element>
 class LseEpilogueSm90 {
  public:
   using Arguments = LseArguments<Element>;
@@ -24,7 +24,7 @@ class LseEpilogueSm90 {
     const int warp = static_cast<int>(threadIdx.x) / kWarpLanes;
     row_ = row_block * LogitsSm90::kRows + 16 * warp + 8 * own_row() + lane_ / 4;
     writes_ = lane_ % 4 < 2 && row_ < a_.live.count->rows;
-    token_ = writes_ ? a_.live.token(row_) : 0;
+    token_ = writes_ ? a_.live.tokens[row_] : 0;
     label_logit_ = writes_ && a_.tile_map != nullptr ? a_.label_logits[token_] : 0.0f;
     running_ = MaxSum::none();
   }
@@ -73,9 +73,7 @@ class LseEpilogueSm90 {
       float sum[2] = {0.0f, 0.0f}, square[2] = {0.0f, 0.0f};
 #pragma unroll
       for (int c = 0; c < Sums::kColumns; ++c) {
-        const float power = fmaf(sums.at(r, c), kLog2E, offset);
-        // Interleaved, so that both units have work.
-        const float x = c / 2 * 3 % 8 < kPolynomialEighths ? exp2_polynomial(power) : ptx::exp2_approx(power);
+        const float x = ptx::exp2_approx(fmaf(sums.at(r, c), kLog2E, offset));
         sum[c % 2] += x;
         square[c % 2] = fmaf(x, x, square[c % 2]);
       }

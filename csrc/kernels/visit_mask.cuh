@@ -8,6 +8,7 @@
 #include "tile/sampling.h"
 #include "tile/softcap.cuh"
 #include "tile/tile_map.h"
+#include "tile/warp.cuh"
 
 namespace cce {
 
@@ -30,15 +31,6 @@ struct VisitMaskArguments {
 // The mean of softcap's slope over a tile, about: that at the logit of a single column with the tile's norm.
 __device__ __forceinline__ float slope_of_tile(const TileShare& share, float lse, const Softcap& softcap) {
   return softcap.present() ? softcap.slope(lse + kLn2 * share.log2_norm) : 1.0f;
-}
-
-__device__ __forceinline__ uint32_t warp_inclusive_sum(uint32_t x, int lane) {
-#pragma unroll
-  for (int distance = 1; distance < kWarpLanes; distance *= 2) {
-    const uint32_t before = __shfl_up_sync(0xffffffffu, x, distance);
-    if (lane >= distance) x += before;
-  }
-  return x;
 }
 
 // Finds the visits and the residual masses, a m (1 - w) with w = visited / q: what the control variate gives
@@ -109,7 +101,10 @@ __global__ void __launch_bounds__(kMaskThreads)
   for (int k = 0; k < kWords; ++k) {
     const int token = first + k * kMaskBits + lane;
     chain[k] = token_chain(row_key(seed, static_cast<uint32_t>(token)), first_of_cell);
-    for (int other = 0; other < warp; ++other) chain[k] += chain_parts[other][k * kMaskBits + lane];
+#pragma unroll
+    for (int other = 0; other < kMaskWarps - 1; ++other) {
+      if (other < warp) chain[k] += chain_parts[other][k * kMaskBits + lane];
+    }
   }
   static_assert(kMaskTiles <= kWarpLanes, "a lane for each tile's chain");
   const uint32_t tile_chains = tile_chain(seed, begin + lane, block);

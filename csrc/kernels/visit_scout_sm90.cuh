@@ -8,6 +8,7 @@
 #include "kernels/visits_arguments.cuh"
 #include "ptx/hopper.cuh"
 #include "tile/tile_map.h"
+#include "tile/warp.cuh"
 
 namespace cce {
 
@@ -48,12 +49,7 @@ class VisitScout {
     const int first = min(lane_ * share, words), end = min(first + share, words);
     uint32_t mine = 0;
     for (int w = first; w < end; ++w) mine += __popc(mask[w]);
-    uint32_t inclusive = mine;
-#pragma unroll
-    for (int distance = 1; distance < kWarpLanes; distance *= 2) {
-      const uint32_t before = __shfl_up_sync(0xffffffffu, inclusive, distance);
-      if (lane_ >= distance) inclusive += before;
-    }
+    const uint32_t inclusive = warp_inclusive_sum(mine, lane_);
     const int total = static_cast<int>(__shfl_sync(0xffffffffu, inclusive, kWarpLanes - 1));
     const int first_rank = static_cast<int>(visits_of(item, 0xffffffffu).begin);
     int rank = static_cast<int>(inclusive - mine) - first_rank;

@@ -2,7 +2,7 @@
 
 #include <cuda_runtime.h>
 
-#include "kernels/live_rows.cuh"
+#include "kernels/live_rows.h"
 #include "kernels/logits_sm80.cuh"
 #include "kernels/lse.cuh"
 #include "launch/dtype.cuh"

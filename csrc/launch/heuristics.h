@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "kernels/centroids_config.h"
+#include "kernels/forward_splits.h"
 #include "kernels/label_logits_config.h"
 #include "kernels/logits_sm80_config.h"
 #include "kernels/logits_sm90_config.h"
@@ -160,31 +161,19 @@ inline LogitsPlan plan_logits(const LossInputs& in, const DeviceLimits& limits) 
 
 struct LceForwardPlan {
   LogitsPlan logits;
-  LogitsSchedule schedule;  // where all tokens count; of rows as many as a cluster's
-  ForwardSplits splits;     // by which the device chooses for those that do
+  ForwardSplits splits;  // by which the device chooses the runs of columns, for the rows that count
   int blocks;
-  int64_t partials;    // that any number of rows may need
-  const char* reason;  // for the splits
+  int64_t partials;  // that any number of rows may need
 };
 
 inline LceForwardPlan plan_lce_forward(const LossInputs& in, const DeviceLimits& limits) {
   LceForwardPlan plan{};
   plan.logits = plan_logits(in, limits);
-  plan.schedule = plan.logits.schedule(in.n, in.v);
-  plan.splits = {plan.schedule.column_blocks, limits.multiprocessors, kLogitsRows, plan.logits.cluster > 1};
-  const int most = plan.splits.most(in.n);
-  plan.schedule.splits = 0;
-  for (int splits = 1; splits <= most; ++splits) {
-    if (splits == 1 || plan.splits.time(in.n, splits) < plan.splits.time(in.n, plan.schedule.splits)) {
-      plan.schedule.splits = splits;
-    }
-  }
-  plan.reason = plan.schedule.splits == most && most < plan.schedule.column_blocks
-                    ? "as many runs of columns as 1.5 MB of partial sums hold"
-                    : "the runs of columns that leave the last wave fullest";
+  const int column_blocks = static_cast<int>(ceil_div(in.v, kLogitsColumns));
+  plan.splits = {column_blocks, limits.multiprocessors, kLogitsRows, plan.logits.cluster > 1};
   // Fewer rows may have more units.
   plan.blocks = plan.logits.cluster * plan.logits.slots;
-  plan.partials = std::min(in.n * plan.schedule.column_blocks, std::max(in.n, kMaxPartials));
+  plan.partials = std::min(in.n * column_blocks, std::max(in.n, kMaxPartials));
   return plan;
 }
 
@@ -251,8 +240,8 @@ struct VisitsPlan {
   const char* reason;
   VisitShape shape;
   VisitLayout layout;
-  int words;  // of a tile's bits
-  int stages;
+  int words;   // of a tile's bits
+  int stages;  // of mma.sync's ring; wgmma's has its own number
   int shared_bytes;
   int blocks;
   int tiles;

@@ -1,6 +1,7 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include "kernels/live_rows.cuh"
 #include "kernels/lse.cuh"
 #include "kernels/lse_epilogue.cuh"
 #include "launch/arguments.cuh"
@@ -18,20 +19,22 @@ LaunchError launch_lse(const LceForwardParams& p, const LceForwardPlan& plan, vo
 #endif
   return dispatch_16bit(p.in.dtype, [&](auto element) {
     using Element = decltype(element);
-    return launch_logits_sm80<Element, LseEpilogue<Element>>(p.in, 0, p.in.v, plan.logits, plan.schedule,
-                                                             live_rows_of(p), p.live_e, plan.blocks,
-                                                             lse_arguments<Element>(p), stream);
+    return launch_logits_sm80<Element, LseEpilogue<Element>>(
+        p.in, 0, p.in.v, plan.logits, plan.logits.schedule(p.in.n, p.in.v), live_rows_of(p), p.live_e,
+        plan.blocks, lse_arguments<Element>(p), stream);
   });
 }
 
-void copy_live_rows(const LceForwardParams& p, cudaStream_t on) {
-  dispatch_16bit(p.in.dtype, [&](auto element) {
+LaunchError copy_live_rows(const LceForwardParams& p, cudaStream_t on) {
+  static_assert(kLiveRowsPadding % (2 * LogitsSm90::kRows) == 0 && kLiveRowsPadding % kLogitsRows == 0,
+                "whole units of rows");
+  return dispatch_16bit(p.in.dtype, [&](auto element) {
     using Element = decltype(element);
     const CopyLiveRowsArguments<Element> a = {rows_of_e<Element>(p.in), live_rows_of(p),
                                               static_cast<int>(p.in.d), static_cast<Element*>(p.live_e)};
     const auto blocks = static_cast<unsigned>(ceil_div(p.in.n, kCopyLiveThreads / kWarpLanes));
     copy_live_rows_kernel<Element><<<blocks, kCopyLiveThreads, 0, on>>>(a);
-    return LaunchError{};
+    return cuda_error(cudaGetLastError());
   });
 }
 
@@ -46,7 +49,7 @@ LaunchError launch_lce_forward(const LceForwardParams& p, const LceForwardPlan& 
   const LiveRowsArguments r = {targets_of(p.in), p.in.ignore_index, static_cast<int>(p.in.n),
                                plan.splits,      p.live_tokens,     static_cast<LiveCount*>(p.live_count)};
   live_rows_kernel<<<1, kLiveThreads, 0, on>>>(r);
-  copy_live_rows(p, on);
+  if (const LaunchError failed = copy_live_rows(p, on)) return failed;
   // An empty vocabulary, such as a shard may have, has no product: its log-sum-exp is -inf.
   if (p.in.v > 0) {
     if (const LaunchError failed = launch_lse(p, plan, stream)) return failed;

@@ -7,8 +7,9 @@ namespace cce {
 LaunchError launch_lse_sm90(const LceForwardParams& p, const LceForwardPlan& plan, void* stream) {
   return dispatch_16bit(p.in.dtype, [&](auto element) {
     using Element = decltype(element);
-    using Epilogue = LseEpilogueSm90<Element, kSm90PolynomialEighths>;
-    return launch_logits_sm90<Element, Epilogue>(p.in, 0, p.in.v, plan.logits, plan.schedule, live_rows_of(p),
+    using Epilogue = LseEpilogueSm90<Element>;
+    return launch_logits_sm90<Element, Epilogue>(p.in, 0, p.in.v, plan.logits,
+                                                 plan.logits.schedule(p.in.n, p.in.v), live_rows_of(p),
                                                  p.live_e, plan.blocks, lse_arguments<Element>(p), stream);
   });
 }

@@ -15,7 +15,7 @@ LaunchError launch_logits_sm90_in_clusters(const LossInputs& in, int64_t first, 
                                            const LogitsPlan& plan, const LogitsSchedule& schedule,
                                            const LiveRows& live, const void* live_e, int blocks,
                                            const typename Epilogue::Arguments& arguments, void* stream) {
-  const auto kernel = logits_sm90_kernel<Element, Epilogue, kCluster, kSm90CacheHints>;
+  const auto kernel = logits_sm90_kernel<Element, Epilogue, kCluster>;
   cudaError_t error = allow_shared_memory(kernel, plan.shared_bytes);
   if (error != cudaSuccess) return cuda_error(error);
 

@@ -73,7 +73,7 @@ void visits(LceBackwardParams params, const Tensor& tile_map, const int64_t* see
   scratch.tile_map = tile_map.const_data_ptr();
   scratch.seed = seed;
   scratch.eps = eps;
-  const int64_t element = 2, word = 4;
+  constexpr int64_t element = Workspace::kElement, word = Workspace::kWord;
   if (need_e && !layout.borrows()) space.add(params.sum_e, in.n * in.d * word);
   space.add(scratch.mask, tiles * plan.words * word);
   space.add(scratch.counts, tiles * word);
@@ -94,10 +94,12 @@ void visits(LceBackwardParams params, const Tensor& tile_map, const int64_t* see
     (layout.finds_centroids ? space : early).add(scratch.residual, tiles * layout.residual_stride * element);
   }
   const Tensor memory = space.allocate(e);
-  Tensor early_memory = early.allocate(e);
+  std::optional<Tensor> early_memory;
+  if (!early.empty()) early_memory = early.allocate(e);
   check_launch(kOp, launch_visits_plan(params, scratch, plan, current_blas(), scope.device(), scope.stream()),
                e);
-  early_memory = new_empty(e, {0});
+  // What is allocated next may have the same memory: it is used later on the same stream.
+  early_memory.reset();
   Workspace late;
   late.add(scratch.dz, layout.ring_rows() * layout.columns * element);
   late.add(scratch.tokens, layout.ring_rows() * word);

@@ -50,12 +50,12 @@ std::tuple<Tensor, Tensor, Tensor> lce_forward(const Tensor& e_in, const Tensor&
   params.tile_map = need_map ? tile_map.mutable_data_ptr() : nullptr;
   params.nll = static_cast<float*>(nll.mutable_data_ptr());
   params.lse = static_cast<float*>(lse.mutable_data_ptr());
-  const int64_t word = 4;
+  constexpr int64_t word = Workspace::kWord;
   Workspace space;
   space.add(params.label_logits, n * word);
   space.add(params.live_tokens, n * word);
   space.add(params.live_count, kLiveCountBytes);
-  space.add(params.live_e, n * in.d * 2);
+  space.add(params.live_e, n * in.d * Workspace::kElement);
   space.add(params.partial_lse, plan.partials * word);
   const Tensor memory = space.allocate(e);
   const LabelLogitsParams label = {in, params.label_logits};

@@ -9,9 +9,11 @@
 
 namespace cce {
 
-// Scratch memory of several parts in one allocation: an allocator's call takes longer than most kernels.
+// Scratch memory of several parts in one allocation: an allocator's call takes longer than a small kernel.
 class Workspace {
  public:
+  static constexpr int64_t kElement = 2, kWord = 4;  // bytes
+
   // A part of so many bytes, to which allocate() points `pointer`.
   template <typename T>
   void add(T*& pointer, int64_t bytes) {
@@ -19,13 +21,15 @@ class Workspace {
     bytes_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
   }
 
+  bool empty() const { return parts_.empty(); }
+
   // On the tensor's device. The parts live as long as what it returns.
   torch::stable::Tensor allocate(const torch::stable::Tensor& like) const {
     const torch::stable::Tensor memory =
         torch::stable::new_empty(like, {bytes_}, torch::headeronly::ScalarType::Byte);
     auto* begin = static_cast<unsigned char*>(memory.mutable_data_ptr());
     for (const Part& part : parts_) {
-      // Pointers to different types, that all look alike.
+      // The pointers have different types: copied as bytes.
       unsigned char* at = begin + part.offset;
       std::memcpy(part.pointer, &at, sizeof at);
     }

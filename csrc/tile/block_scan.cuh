@@ -1,6 +1,7 @@
 #pragma once
 
 #include "tile/constants.h"
+#include "tile/warp.cuh"
 
 namespace cce {
 
@@ -11,12 +12,7 @@ __device__ __forceinline__ T block_exclusive_sum(T value, T* shared, T& total) {
   constexpr int kWarps = kThreads / kWarpLanes;
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
   const int warp = static_cast<int>(threadIdx.x) / kWarpLanes;
-  T inclusive = value;
-#pragma unroll
-  for (int distance = 1; distance < kWarpLanes; distance *= 2) {
-    const T before = __shfl_up_sync(0xffffffffu, inclusive, distance);
-    if (lane >= distance) inclusive += before;
-  }
+  const T inclusive = warp_inclusive_sum(value, lane);
   __syncthreads();
   if (lane == kWarpLanes - 1) shared[warp] = inclusive;
   __syncthreads();

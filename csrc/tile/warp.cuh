@@ -14,4 +14,15 @@ __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
+// The sum over the lanes up to the warp's own.
+template <typename T>
+__device__ __forceinline__ T warp_inclusive_sum(T value, int lane) {
+#pragma unroll
+  for (int distance = 1; distance < kWarpLanes; distance *= 2) {
+    const T before = __shfl_up_sync(0xffffffffu, value, distance);
+    if (lane >= distance) value += before;
+  }
+  return value;
+}
+
 }  // namespace cce

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
@@ -15,7 +16,6 @@
 #include "launch/heuristics.h"
 #include "launch/params.h"
 #include "tile/constants.h"
-#include "tile/exp2.h"
 #include "tile/sampling.h"
 #include "tile/tile_map.h"
 #include "visit_execution.h"
@@ -66,24 +66,30 @@ py::dict plan_lce_forward(int64_t n, int64_t v, int multiprocessors, int shared_
   in.c_row_stride = c_row_stride;
   const cce::LceForwardPlan plan =
       cce::plan_lce_forward(in, {multiprocessors, shared_bytes, major, minor, has_sm90});
+  // Where all tokens count: as the device chooses (kernels/live_rows.cuh).
+  cce::LogitsSchedule schedule = plan.logits.schedule(n, v);
+  uint64_t best = UINT64_MAX;
+  for (int splits = 1; splits <= plan.splits.most(n); ++splits) {
+    best = std::min(best, plan.splits.rank(n, splits));
+  }
+  schedule.splits = plan.splits.most(n) == 0 ? 0 : cce::ForwardSplits::splits_of(best);
   py::list units;
-  for (int i = 0; i < plan.schedule.units(); ++i) {
-    const cce::LogitsUnit unit = plan.schedule.unit(i);
+  for (int i = 0; i < schedule.units(); ++i) {
+    const cce::LogitsUnit unit = schedule.unit(i);
     units.append(py::make_tuple(unit.row_block, unit.first_column_block, unit.end_column_block, unit.split));
   }
   py::dict result;
   result["kernel"] = plan.logits.kernel == cce::LogitsKernel::kSm90 ? "sm90" : "sm80";
   result["cluster"] = plan.logits.cluster;
   result["kernel_reason"] = plan.logits.reason;
-  result["row_blocks"] = plan.schedule.row_blocks;
-  result["column_blocks"] = plan.schedule.column_blocks;
-  result["splits"] = plan.schedule.splits;
+  result["row_blocks"] = schedule.row_blocks;
+  result["column_blocks"] = schedule.column_blocks;
+  result["splits"] = schedule.splits;
   result["partials"] = plan.partials;
   result["units"] = units;
   result["stages"] = plan.logits.stages;
   result["shared_bytes"] = plan.logits.shared_bytes;
   result["blocks"] = plan.blocks;
-  result["reason"] = plan.reason;
   return result;
 }
 
@@ -321,7 +327,6 @@ PYBIND11_MODULE(cce_host_tests, m) {
   m.def("tile_mass", py::vectorize(&tile_mass), py::arg("code"), py::arg("log2_reference"));
   m.def("visit_step", py::vectorize(cce::visit_step), py::arg("q"));
   m.def("chain_wraps", py::vectorize(cce::chain_wraps), py::arg("sum"), py::arg("step"));
-  m.def("exp2_polynomial", py::vectorize(cce::exp2_polynomial), py::arg("x"));
 
   py::enum_<cce::DType>(m, "DType")
       .value("float16", cce::DType::kFloat16)
