@@ -1,0 +1,122 @@
+"""cce_ext.torchtitan with torchtitan's own model, FSDP2 and tensor parallelism."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from support.sharded import two_ranks
+from support.titan import forward_backward
+from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+if importlib.util.find_spec("torchtitan") is None:
+    pytest.skip("torchtitan is not installed: pip install torchtitan", allow_module_level=True)
+
+TOKENS = 16
+
+
+def llama(tied: bool):
+    """Llama 3 without layers: their attention has no backward on a CPU."""
+    from torchtitan.models.llama3 import model_registry
+
+    config = model_registry("debugmodel").model
+    config.layers, config.enable_weight_tying = [], tied
+    return config
+
+
+def built(config):
+    torch.manual_seed(0)
+    model = config.build()
+    with torch.no_grad():
+        model.init_states(buffer_device=torch.device("cpu"))
+    return model
+
+
+def batch(vocab: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    tokens, labels = torch.randint(vocab, (2, rows, TOKENS))
+    labels[0, :5] = -100
+    return tokens, labels
+
+
+def whole(config, tokens, labels, valid):
+    """torchtitan's own loss of all tokens in one process."""
+    from torchtitan.components.loss import CrossEntropyLoss
+
+    model = built(config)
+    loss, _ = forward_backward(model, CrossEntropyLoss.Config().build(compile_config=None), tokens, labels, valid)
+    return loss, {name: p.grad for name, p in model.named_parameters()}
+
+
+def our_loss(model):
+    """As the trainer starts with it."""
+    from torchtitan.components.loss import ChunkedLossWrapper
+
+    from cce_ext.torchtitan import CCELoss
+
+    loss_fn = CCELoss.Config(impl="cce_exact").build(compile_config=None)
+    assert isinstance(loss_fn, ChunkedLossWrapper)
+    loss_fn.set_lm_head(model.lm_head)
+    model._skip_lm_head = True
+    return loss_fn
+
+
+def assert_grads(model, expected) -> None:
+    for name, p in model.named_parameters():
+        got = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        torch.testing.assert_close(got, expected[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_fsdp(mesh, ranks, tied):
+    """A step, and a validation after it: each rank its rows, and the sum of what they give."""
+    from torchtitan.distributed.fsdp import apply_fsdp_to_decoder
+
+    config = llama(tied)
+    tokens, labels = batch(config.vocab_size, 2 * ranks)
+    valid = (labels != -100).sum()
+    expected, grads = whole(config, tokens, labels, valid)
+    model = built(config)
+    float32 = {"param_dtype": torch.float32, "reduce_dtype": torch.float32}
+    apply_fsdp_to_decoder(model, mesh, pp_enabled=False, **float32)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)  # torchtitan asks for a sum of 1.0 times, which gloo has not
+    loss_fn = our_loss(model)
+    rows = [x.tensor_split(ranks)[mesh.get_local_rank()] for x in (tokens, labels)]
+    loss, metrics = forward_backward(model, loss_fn, *rows, valid)
+    assert_grads(model, grads)
+    with torch.no_grad():
+        held_out, _ = loss_fn(model(rows[0]), rows[1])
+    for x in (loss, held_out):
+        dist.all_reduce(x)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(held_out, expected * valid)
+    assert metrics == {}
+
+
+@two_ranks
+@pytest.mark.parametrize("sequence_parallel", [True, False], ids=["sequence_parallel", "whole_sequence"])
+def test_tensor_parallel(monkeypatch, ranks, sequence_parallel):
+    from torchtitan.distributed import parallel_dims, utils
+    from torchtitan.models.common import decoder_sharding
+
+    config = llama(False)
+    tokens, labels = batch(config.vocab_size, 2)
+    valid = (labels != -100).sum()
+    expected, grads = whole(config, tokens, labels, valid)
+    monkeypatch.setattr(parallel_dims, "device_type", "cpu")
+    monkeypatch.setattr(utils, "_spmd_backend", "partial_dtensor")
+    decoder_sharding.set_decoder_sharding_config(config, enable_sp=sequence_parallel)
+    dims = parallel_dims.ParallelDims(
+        dp_replicate=1, dp_shard=1, cp=1, tp=ranks, pp=1, ep=1, world_size=ranks, spmd_backend="partial_dtensor"
+    )
+    model = built(config)
+    model.parallelize(dims)
+    loss, _ = forward_backward(model, our_loss(model), tokens, labels, valid)
+    assert type(loss) is torch.Tensor
+    torch.testing.assert_close(loss, expected)
+    assert_grads(model, grads)
