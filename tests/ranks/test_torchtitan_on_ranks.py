@@ -9,7 +9,7 @@ import torch
 from support.sharded import two_ranks
 from support.titan import forward_backward
 from torch import distributed as dist
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 if importlib.util.find_spec("torchtitan") is None:
@@ -70,10 +70,15 @@ def assert_grads(model, expected) -> None:
         torch.testing.assert_close(got, expected[name], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_fsdp(mesh, ranks, tied):
-    """A step, and a validation after it: each rank its rows, and the sum of what they give."""
-    from torchtitan.distributed.fsdp import apply_fsdp_to_decoder
+@pytest.mark.parametrize(
+    ("tied", "alone"), [(True, False), (False, False), (False, True)], ids=["tied", "untied", "head_alone"]
+)
+def test_fsdp(mesh, ranks, tied, alone):
+    """Two steps, and a validation after them: each rank its rows, and the sum of what they give.
+
+    torchtitan has lm_head in one unit with the norm, whose call gathers the weight too; alone only its own call does.
+    """
+    from torchtitan.distributed.fsdp import apply_fsdp_to_decoder, disable_fsdp_gradient_division
 
     config = llama(tied)
     tokens, labels = batch(config.vocab_size, 2 * ranks)
@@ -81,14 +86,21 @@ def test_fsdp(mesh, ranks, tied):
     expected, grads = whole(config, tokens, labels, valid)
     model = built(config)
     float32 = {"param_dtype": torch.float32, "reduce_dtype": torch.float32}
-    apply_fsdp_to_decoder(model, mesh, pp_enabled=False, **float32)
+    if alone:
+        fully_shard(model.lm_head, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        disable_fsdp_gradient_division(model)
+    else:
+        apply_fsdp_to_decoder(model, mesh, pp_enabled=False, **float32)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)  # torchtitan asks for a sum of 1.0 times, which gloo has not
     loss_fn = our_loss(model)
     rows = [x.tensor_split(ranks)[mesh.get_local_rank()] for x in (tokens, labels)]
-    loss, metrics = forward_backward(model, loss_fn, *rows, valid)
-    assert_grads(model, grads)
+    for _ in range(2):
+        model.zero_grad()
+        loss, metrics = forward_backward(model, loss_fn, *rows, valid)
+        assert_grads(model, grads)
     with torch.no_grad():
         held_out, _ = loss_fn(model(rows[0]), rows[1])
     for x in (loss, held_out):
