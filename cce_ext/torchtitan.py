@@ -6,10 +6,9 @@ hidden states in the place of logits. It returns the sum over its rank's tokens 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .api import linear_cross_entropy
+from .module_calls import forward_replaced
 from .options import FilterEps, Options
 
 try:
@@ -119,7 +119,7 @@ class CCELoss(ChunkedLossWrapper):  # type: ignore[misc]
         def loss_of(e: Tensor, targets: Tensor) -> Tensor:
             return self.fn(e, lm_head.weight, targets, lm_head.bias)
 
-        with _forward_replaced(lm_head, loss_of):
+        with forward_replaced(lm_head, loss_of):
             loss: Tensor = lm_head(pred, labels)
         if isinstance(loss, DTensor):
             loss = loss.to_local()
@@ -139,17 +139,3 @@ def _check_backend() -> None:
             'CCELoss: tensor parallelism needs spmd_backend "partial_dtensor", got "spmd_types", whose weights do not '
             "say how they are sharded"
         )
-
-
-@contextlib.contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """module's own call, hooks included, runs another forward meanwhile."""
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
