@@ -132,3 +132,62 @@ def test_tensor_parallel(monkeypatch, ranks, sequence_parallel):
     assert type(loss) is torch.Tensor
     torch.testing.assert_close(loss, expected)
     assert_grads(model, grads)
+
+
+def default_dims(monkeypatch, ranks: int, tp: int):
+    """The trainer's meshes on gloo, with its default backend."""
+    from torchtitan.distributed import parallel_dims, utils
+
+    monkeypatch.setattr(parallel_dims, "device_type", "cpu")
+    monkeypatch.setattr(utils, "_spmd_backend", "spmd_types")
+    return parallel_dims.ParallelDims(
+        dp_replicate=1, dp_shard=ranks // tp, cp=1, tp=tp, pp=1, ep=1, world_size=ranks, spmd_backend="spmd_types"
+    )
+
+
+@two_ranks
+def test_the_default_backend(monkeypatch, mesh, ranks):
+    """spmd_types, in which torchtitan wraps lm_head's forward; then FSDP2.
+
+    FSDP2 is given the data-parallel mesh alone. torchtitan gives it all dimensions, which PyTorch 2.13 takes for
+    DTensors only.
+    """
+    from torchtitan.distributed.fsdp import apply_fsdp_to_decoder
+    from torchtitan.distributed.utils import get_spmd_context
+    from torchtitan.models.common import decoder_sharding
+
+    config = llama(False)
+    tokens, labels = batch(config.vocab_size, 2 * ranks)
+    valid = (labels != -100).sum()
+    expected, grads = whole(config, tokens, labels, valid)
+    decoder_sharding.set_decoder_sharding_config(config, enable_sp=False)
+    dims = default_dims(monkeypatch, ranks, tp=1)
+    model = built(config)
+    model.parallelize(dims)
+    float32 = {"param_dtype": torch.float32, "reduce_dtype": torch.float32}
+    apply_fsdp_to_decoder(model, mesh, pp_enabled=False, **float32)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)
+    rows = [x.tensor_split(ranks)[dist.get_rank()] for x in (tokens, labels)]
+    wrapped = model.lm_head.forward
+    with get_spmd_context(parallel_dims=dims)():
+        loss, _ = forward_backward(model, our_loss(model), *rows, valid)
+    assert model.lm_head.forward is wrapped
+    dist.all_reduce(loss)
+    torch.testing.assert_close(loss, expected)
+    assert_grads(model, grads)
+
+
+@two_ranks
+def test_tensor_parallel_of_the_default_backend_is_refused(monkeypatch, ranks):
+    from torchtitan.distributed.utils import get_spmd_context
+
+    dims = default_dims(monkeypatch, ranks, tp=ranks)
+    model = built(llama(False))
+    loss_fn = our_loss(model)
+    with (
+        get_spmd_context(parallel_dims=dims)(),
+        pytest.raises(NotImplementedError, match='tensor parallelism needs spmd_backend "partial_dtensor"'),
+    ):
+        loss_fn(torch.zeros(1, 4, 256), torch.zeros(1, 4, dtype=torch.int64))
