@@ -1,5 +1,6 @@
 """Cut cross-entropy: the loss layer of large-vocabulary language models, without the logits."""
 
+from . import layers  # kernels looks for layers here
 from .api import LinearCrossEntropy, compute_z_loss, linear_cross_entropy
 from .ops import HAS_CUDA
 from .options import IMPLS, LinearCrossEntropyImpl
@@ -15,5 +16,6 @@ __all__ = [
     "VocabParallelOptions",
     "__version__",
     "compute_z_loss",
+    "layers",
     "linear_cross_entropy",
 ]

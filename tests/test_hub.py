@@ -359,3 +359,23 @@ patched = cce_patch(model, impl="cce_exact")(input_ids=ids, labels=ids)
 print(json.dumps([abs(float(dense - patched.loss)) < 1e-5, patched.logits is None, "cce_ext" in sys.modules]))
 """
     assert json.loads(run(code, built)) == [True, True, False]
+
+
+@pytest.mark.slow
+def test_the_layer_of_the_docs(built, tmp_path):
+    """docs/integrations.md: kernelize puts the folder's CCEForCausalLMLoss in the place of a model's loss."""
+    pytest.importorskip("kernels", reason=NEEDS_KERNELS)
+    recipe = python_block("As a layer of a model").replace('Path("build/hub")', "LAYOUT")
+    code = f"""{recipe}
+dense = torch.nn.functional.linear(model.embed(ids), model.lm_head.weight)[:, :-1].flatten(0, 1)
+same = abs(float(loss - torch.nn.functional.cross_entropy(dense, ids[:, 1:].flatten()))) < 1e-4
+module = sys.modules[model.loss.forward.__module__]
+print(json.dumps([same, model.lm_head.weight.grad is not None, Path(module.__file__).is_relative_to(LAYOUT)]))
+"""
+    assert json.loads(run(code, built)) == [True, True, True]
+
+
+def python_block(section: str) -> str:
+    """The first Python of a section of docs/integrations.md."""
+    text = (ROOT / "docs" / "integrations.md").read_text()
+    return text.split(f" {section}\n", 1)[1].split("```python\n", 1)[1].split("```", 1)[0]

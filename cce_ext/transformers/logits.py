@@ -8,8 +8,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..api import linear_cross_entropy
+from ..module_calls import forward_replaced
 from .peft import peft_classifier
 
 
@@ -17,40 +19,66 @@ class PromisingHead:
     """lm_head during one call: its result is a promise."""
 
     def __init__(self, head: nn.Module, family: str) -> None:
-        self._cce_head = head
+        self._cce_head: Any = head
         self._cce_family = family
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._cce_head, name)
 
     def __call__(self, hidden: Tensor) -> PromisedLogits:
-        return PromisedLogits(self._cce_family, *linear_classifier(self._cce_head, hidden))
+        head = self._cce_head
+        if not isinstance(head, FSDPModule):
+            return PromisedLogits(self._cce_family, *linear_classifier(head, hidden))
+        check_fsdp_head(self._cce_head)
+        weight, bias = self._cce_head.weight, self._cce_head.bias
+        return PromisedLogits(self._cce_family, hidden, weight, bias, gathered_by=self._cce_head)
 
 
 class PromisedLogits:
     """Logits that are never computed: z = scale * (e @ c.T + bias), or cap * tanh(z). Refuses whatever else is asked.
 
-    e: [.., D]; c: [V, D]; bias: [V] or None.
+    e: [.., D]; c: [V, D]; bias: [V] or None. gathered_by: lm_head as a unit of FSDP2, or part of one, of which c and
+    bias are shards but in its own call.
     """
 
     def __init__(
-        self, family: str, e: Tensor, c: Tensor, bias: Tensor | None, scale: float = 1.0, cap: float | None = None
+        self,
+        family: str,
+        e: Tensor,
+        c: Tensor,
+        bias: Tensor | None,
+        scale: float = 1.0,
+        cap: float | None = None,
+        gathered_by: nn.Module | None = None,
     ) -> None:
         self.family, self.e, self.c, self.bias, self.scale, self.cap = family, e, c, bias, scale, cap
+        self.gathered_by = gathered_by
 
     def cross_entropy(self, targets: Tensor, **options: Any) -> Tensor:
+        head: Any = self.gathered_by
+        if head is None:
+            return self._cross_entropy(self.e, self.c, self.bias, targets, **options)
+
+        def forward(e: Tensor) -> Tensor:
+            return self._cross_entropy(e, plain_weight(head), head.bias, targets, **options)
+
+        # FSDP2 gathers lm_head's parameters before its own call alone, and may free them right after it.
+        with forward_replaced(head, forward):
+            loss: Tensor = head(self.e)
+        return loss
+
+    def _cross_entropy(self, e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, **options: Any) -> Tensor:
         scale, softcap = self.scale, self.cap
         if softcap is not None:  # cap * tanh(z) is softcap * tanh(cap * z / softcap)
             scale *= softcap
-        e, bias = self.e, self.bias
         if not math.isclose(scale, 1.0, rel_tol=1e-12):
             # e is the smaller one; in 16 bits a scale that is no power of two rounds it once more.
             e, bias = e * scale, None if bias is None else bias * scale
-        loss: Tensor = linear_cross_entropy(e, self.c, targets, bias, softcap=softcap, **options)
+        loss: Tensor = linear_cross_entropy(e, c, targets, bias, softcap=softcap, **options)
         return loss
 
     def _with(self, scale: float, cap: float | None) -> PromisedLogits:
-        return PromisedLogits(self.family, self.e, self.c, self.bias, scale, cap)
+        return PromisedLogits(self.family, self.e, self.c, self.bias, scale, cap, self.gathered_by)
 
     def __mul__(self, factor: float) -> PromisedLogits:
         if not isinstance(factor, (int, float)):
@@ -142,13 +170,34 @@ def linear_classifier(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, 
     hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
     if any(hooks) or "forward" in head.__dict__:
         raise NotImplementedError(
-            "lm_head: it has hooks or a forward of its own (as FSDP, DeepSpeed ZeRO-3 or a device_map over several "
+            "lm_head: it has hooks or a forward of its own (as FSDP1, DeepSpeed ZeRO-3 or a device_map over several "
             "devices give it), which cce_patch would pass by"
         )
-    weight = head.weight
+    return hidden, plain_weight(head), head.bias
+
+
+def check_fsdp_head(head: nn.Module) -> None:
+    """Raises NotImplementedError unless it is a linear layer that fully_shard was given, by itself or with others."""
+    name = f"{type(head).__module__}.{type(head).__qualname__}"
+    if type(head).__bases__ != (FSDPModule, nn.Linear):
+        raise NotImplementedError(
+            f"lm_head: expected FSDP2's torch.nn.Linear, got {name}, which cce_patch cannot serve"
+        )
+    # fully_shard registers one of either.
+    more = len(head._forward_hooks) > 1 or len(head._forward_pre_hooks) > 1
+    if more or head._backward_hooks or head._backward_pre_hooks or "forward" in head.__dict__:
+        raise NotImplementedError(
+            "lm_head: it has hooks besides FSDP2's or a forward of its own, which cce_patch would pass by"
+        )
+
+
+def plain_weight(head: nn.Module) -> Tensor:
+    """Raises NotImplementedError for one that is sharded (but by FSDP2, in its own call) or quantized."""
+    weight: Any = head.weight
     if type(weight) not in (Tensor, nn.Parameter):
         raise NotImplementedError(
             f"lm_head.weight: expected a plain tensor, got {type(weight).__name__} (sharded or quantized?), which "
             "cce_patch cannot serve"
         )
-    return hidden, weight, head.bias
+    checked: Tensor = weight
+    return checked

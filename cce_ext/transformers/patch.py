@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from ..layers import next_tokens
 from ..options import FilterEps, GradientOptions, Options
 from .families import CLASSES, supported
 from .logits import PromisedLogits, PromisingHead
@@ -301,8 +302,7 @@ class _View:
         targets = shift_labels
         if targets is None:
             assert labels is not None  # the loss of labels is what a forward is here for
-            # Not shift=1, which a sequence of one token has no room for.
-            targets = nn.functional.pad(labels[..., 1:], (0, 1), value=ignore_index)
+            targets = next_tokens(labels, ignore_index)
         targets = targets.to(logits.device)
         options = {**self._cce_options, "ignore_index": ignore_index}
         if num_items_in_batch is not None and options["reduction"] == "mean":
