@@ -104,9 +104,10 @@ class CCELoss(ChunkedLossWrapper):  # type: ignore[misc]
         scalars as global_avg_loss.
 
         Raises:
-            RuntimeError: before set_lm_head. TypeError: another loss input. NotImplementedError: spmd_backend
-            "full_dtensor", type checking of spmd_types, or tensor parallelism with it. All that linear_cross_entropy
-            raises.
+            RuntimeError: before set_lm_head.
+            TypeError: another loss input.
+            NotImplementedError: spmd_backend "full_dtensor", type checking of spmd_types, or tensor parallelism with it;
+                and all that linear_cross_entropy raises.
         """
         lm_head = self.lm_head
         if lm_head is None:
