@@ -106,8 +106,8 @@ class CCELoss(ChunkedLossWrapper):  # type: ignore[misc]
         Raises:
             RuntimeError: before set_lm_head.
             TypeError: another loss input.
-            NotImplementedError: spmd_backend "full_dtensor", type checking of spmd_types, or tensor parallelism with it;
-                and all that linear_cross_entropy raises.
+            NotImplementedError: spmd_backend "full_dtensor", type checking of spmd_types, or tensor parallelism with
+                it; and all that linear_cross_entropy raises.
         """
         lm_head = self.lm_head
         if lm_head is None:
