@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from . import reference, vocab_parallel
+from . import reference, smoothing, vocab_parallel
 from ._ops import ops
 from .autograd import lce_forward
 from .ops import autocast_inputs, register_composite
@@ -22,6 +22,7 @@ from .options import (
     Options,
     check_generator,
     check_inputs,
+    check_label_smoothing,
     check_reduction,
     check_shift,
     check_softcap,
@@ -29,6 +30,7 @@ from .options import (
     check_tensor,
     check_tensors,
     check_transforms,
+    check_weight,
     is_a,
     may_look_at,
     may_need_seed,
@@ -95,6 +97,8 @@ def linear_cross_entropy(
     vocab_parallel_options: VocabParallelOptions | None = ...,
     mean_group: dist.ProcessGroup | None = ...,
     generator: torch.Generator | None = ...,
+    label_smoothing: float = ...,
+    weight: Tensor | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -117,6 +121,8 @@ def linear_cross_entropy(
     vocab_parallel_options: VocabParallelOptions | None = None,
     mean_group: dist.ProcessGroup | None = None,
     generator: torch.Generator | None = None,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of the linear classifier e @ c.T + bias, without its logits.
 
@@ -149,6 +155,11 @@ def linear_cross_entropy(
             DDP and FSDP take, is that over all tokens. Ranks that are seeded alike draw independently. For "mean" only.
         generator: of e's device: what a sampled gradient's visits are drawn from. None: PyTorch's own, of which
             torch.manual_seed sets the state. Under torch.compile it breaks the graph.
+        label_smoothing: in [0, 1): so much of each token's target is spread over all classes alike, as in
+            F.cross_entropy. That part of the gradient is exact. Not with a softcap.
+        weight: [V] of any float dtype, what each class counts for, as in F.cross_entropy: "mean" divides by the sum of
+            the labels' weights. With vocab_parallel_options those of this rank's rows; beside DTensors a plain one is
+            the whole. Needs no gradient and has none.
 
     e, c, bias and targets may be DTensors of one mesh (docs/distributed.md says which placements): the loss and lse are
     those of the whole tensors, and DTensors as well.
@@ -181,6 +192,8 @@ def linear_cross_entropy(
         vocab_parallel_options=vocab_parallel_options,
         mean_group=mean_group,
         generator=generator,
+        label_smoothing=label_smoothing,
+        weight=weight,
     )
     loss, lse = _loss_and_lse(e, c, targets, bias, options)
     return (loss, lse) if return_lse else loss
@@ -207,8 +220,11 @@ class LinearCrossEntropy(nn.Module):
     """linear_cross_entropy with its options bound. Holds no parameters: e, c and bias come with the call.
 
     Attributes:
-        options: all of them by name.
+        options: all of them by name, but weight.
+        weight: a buffer, as nn.CrossEntropyLoss has it, or None.
     """
+
+    weight: Tensor | None
 
     @_takes(Options)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -222,16 +238,19 @@ class LinearCrossEntropy(nn.Module):
         options = Options(*args, **kwargs)
         options.check()
         self.options: dict[str, Any] = dict(vars(options))
+        self.register_buffer("weight", self.options.pop("weight"))
 
     def forward(
         self, e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """e [.., D], c [V, D], targets [..], bias [V]: returns and raises as linear_cross_entropy."""
-        out: Tensor | tuple[Tensor, Tensor] = linear_cross_entropy(e, c, targets, bias, **self.options)
+        options = {**self.options, "weight": self.weight}
+        out: Tensor | tuple[Tensor, Tensor] = linear_cross_entropy(e, c, targets, bias, **options)
         return out
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        weight = "" if self.weight is None else f", weight=[{len(self.weight)}]"
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items()) + weight
 
 
 def compute_z_loss(
@@ -290,6 +309,7 @@ def _loss_and_lse(
 ) -> tuple[Tensor, Tensor]:
     """The second is the lse in its shape only with return_lse."""
     ignore_index, softcap, impl = options.ignore_index, options.softcap, options.impl
+    weight, smoothes = options.weight, bool(options.label_smoothing)
     check_tensors(e, c, targets, bias)
     if not is_a(ignore_index, "__index__"):
         raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
@@ -303,15 +323,19 @@ def _loss_and_lse(
             raise ValueError("vocab_parallel_options: expected None where e, c or targets are DTensors, which say it")
         from .distributed import localize
 
-        e, c, targets, bias, shard, from_local, seed_salt = localize(e, c, targets, bias, int(options.shift))
+        local = localize(e, c, targets, bias, weight, int(options.shift))
+        e, c, targets, bias, shard, from_local, seed_salt, weight = local
 
     e, c, bias = autocast_inputs(e, c, bias)
     check_inputs(e, c, targets, bias)
     check_reduction(options.reduction, options.mean_group)
     check_generator(options.generator, e.device)
     check_softcap(softcap)
+    check_label_smoothing(options.label_smoothing, softcap)
+    check_weight(weight, c)
     if shard is not None:
-        vocab_parallel.check_rows(shard, c, targets)
+        more = smoothing.shared_numbers(targets.numel(), weight, options.label_smoothing)
+        vocab_parallel.check_rows(shard, c, targets, more)
     shift = check_shift(options.shift, targets)
     if shift:
         # e is not cut: the last positions have no label left, which is what ignore_index says.
@@ -323,6 +347,13 @@ def _loss_and_lse(
     looks = shard is None and (impl in DENSE or labels.device.type != "cpu")
     if looks and not torch.compiler.is_compiling() and may_look_at(labels):
         check_target_range(unwrapped(labels).flatten(), len(c), ignore_index)
+    may_train = any(x is not None and unwrapped(x).requires_grad for x in (e, c, bias))
+    counts: Any = labels != ignore_index if weight is not None or smoothes else None
+    logits = None
+    if shard is not None:
+        rows = vocab_parallel.shared(shard, rows)
+    if smoothes:
+        rows, c, logits = smoothing.with_weighted_logits(rows, c, bias, weight, counts, impl in DENSE)
     if impl in DENSE:
         dense = reference.forward if impl == "reference" else _compiled_reference()
         if shard is not None:
@@ -331,7 +362,6 @@ def _loss_and_lse(
     else:
         check_transforms()
         method = resolve_method(options, e.dtype)
-        may_train = any(x is not None and unwrapped(x).requires_grad for x in (e, c, bias))
         trains = may_train and torch.is_grad_enabled()
         seed = None
         if method.draws and may_need_seed(may_train):
@@ -358,6 +388,9 @@ def _loss_and_lse(
             need_map=trains and method.needs_map,
             **method.keywords(),
         )
+    if weight is not None or smoothes:
+        given = (weight, options.label_smoothing, len(c), shard)
+        nll, counts = smoothing.smoothed(nll, lse, logits, labels, counts, *given)
 
     def of_positions(x: Tensor) -> Tensor:
         """[.., T - shift], on all ranks of a DTensor's, of x [N]."""
@@ -368,7 +401,10 @@ def _loss_and_lse(
 
     if options.return_lse:
         lse = of_positions(lse)
-    counts = labels != ignore_index if options.reduction == "mean" else None
+    if options.reduction != "mean":
+        counts = None
+    elif counts is None:
+        counts = labels != ignore_index
     # A sum over plain tensors asks for no shape, and what shift leaves without a label adds 0 to it.
     if options.reduction == "none" or from_local is not None:
         nll, counts = of_positions(nll), None if counts is None else of_positions(counts)

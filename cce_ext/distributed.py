@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from .options import check_weight
 from .vocab_parallel import VocabParallelOptions, VocabShard, even_rows
 
 __all__ = ["LossParallel", "VocabParallelOptions"]
@@ -76,10 +77,11 @@ class Local(NamedTuple):
     shard: VocabShard | None
     from_local: Callable[[Tensor], DTensor]
     seed_salt: int
+    weight: Tensor | None
 
 
-def localize(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, shift: int) -> Local:
-    """This rank's part of the loss of DTensors e [.., D], c [V, D], targets [..] and bias [V].
+def localize(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, weight: Tensor | None, shift: int) -> Local:
+    """This rank's part of the loss of DTensors e [.., D], c [V, D], targets [..], bias [V] and class weights [V].
 
     Over a mesh dimension where c is Shard(0) the loss is vocabulary-parallel, and e and targets are gathered if they
     are sharded. Where c is Replicate, tokens stay where e has them. Raises ValueError for what is neither.
@@ -87,7 +89,7 @@ def localize(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, shift: 
     if not isinstance(c, DTensor) or not isinstance(e, DTensor):
         raise ValueError(_mixed(e, c))
     mesh = c.device_mesh
-    for name, x in (("e", e), ("targets", targets), ("bias", bias)):
+    for name, x in (("e", e), ("targets", targets), ("bias", bias), ("weight", weight)):
         if isinstance(x, DTensor) and x.device_mesh != mesh:
             raise ValueError(f"{name}: expected a DTensor on c's mesh {mesh}, got one on {x.device_mesh}")
     if bias is not None and not isinstance(bias, DTensor):
@@ -123,6 +125,10 @@ def localize(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, shift: 
             "is on another rank; shift the targets before they are sharded"
         )
 
+    if weight is not None:
+        check_weight(weight, c)
+        weight = weight.redistribute(mesh, c.placements) if isinstance(weight, DTensor) else like(c, weight)
+
     shape = targets.shape
     targets = targets.redistribute(placements=tokens)
 
@@ -146,6 +152,7 @@ def localize(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, shift: 
         shard,
         from_local,
         seed_salt=part * len(c) + (0 if shard is None else shard.start),
+        weight=weight.to_local() if isinstance(weight, DTensor) else None,
     )
 
 

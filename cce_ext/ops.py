@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -170,6 +171,11 @@ def autocast_inputs(e: Tensor, c: Tensor, bias: Tensor | None) -> tuple[Tensor, 
         return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
 
     return cast(e), cast(c), None if bias is None else cast(bias)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Where PyTorch's operations on this device compute in their inputs' dtype."""
+    return torch.autocast(device.type, enabled=False) if device.type in _AUTOCAST_DEVICES else nullcontext()
 
 
 def _lce_forward_autocast(

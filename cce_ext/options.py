@@ -79,12 +79,16 @@ class Options:
     vocab_parallel_options: VocabParallelOptions | None = None
     mean_group: dist.ProcessGroup | None = None
     generator: torch.Generator | None = None
+    label_smoothing: float = 0.0
+    weight: Tensor | None = None
 
     def check(self) -> None:
         """Raises ValueError and TypeError for options that no call could take."""
         check_reduction(self.reduction, self.mean_group)
         check_generator(self.generator)
         check_softcap(self.softcap)
+        check_label_smoothing(self.label_smoothing, self.softcap)
+        check_weight(self.weight)
         if not isinstance(self.return_lse, int):
             raise TypeError(
                 f"return_lse: expected a bool, got {self.return_lse!r}; give options by name: Apple's module has "
@@ -111,6 +115,8 @@ class LossOptions(GradientOptions, total=False):
     vocab_parallel_options: VocabParallelOptions | None
     mean_group: dist.ProcessGroup | None
     generator: torch.Generator | None
+    label_smoothing: float
+    weight: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -272,6 +278,43 @@ def check_softcap(softcap: float | None) -> None:
         raise TypeError(f"softcap: expected a positive number or None, got {softcap!r}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: expected a positive number or None, got {softcap!r}")
+
+
+def check_label_smoothing(label_smoothing: float, softcap: float | None) -> None:
+    """Raises TypeError or ValueError for one that is no number in [0, 1), or that is beside a softcap."""
+    if not is_a(label_smoothing, "__float__"):
+        raise TypeError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing!r}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing!r}")
+    if label_smoothing and softcap is not None:
+        raise ValueError(
+            f"label_smoothing: expected 0 with softcap={softcap!r}, got {label_smoothing!r}: it needs the sum of a "
+            "token's logits, which a product with the sum of c's rows gives, but not once a softcap has bent them"
+        )
+
+
+def check_weight(weight: Tensor | None, c: Tensor | None = None) -> None:
+    """Raises TypeError for class weights that are no float tensor, ValueError for those that are not of c's rows.
+
+    Without a c, for those that no c could make right.
+    """
+    if weight is None:
+        return
+    check_tensor("weight", weight)
+    if weight.dtype not in _DTYPES:
+        raise TypeError(f"weight: expected a tensor of bf16, fp16, fp32 or fp64, got {weight.dtype}")
+    if weight.requires_grad:
+        raise ValueError("weight: expected a tensor that requires no gradient: it is given none")
+    if weight.dim() != 1:
+        raise ValueError(f"weight: expected [V], one for each class, got {_shape(weight)}")
+    if c is None:
+        return
+    if len(weight) != len(c):
+        raise ValueError(f"weight: expected [{len(c)}] for c of shape {_shape(c)}, got {_shape(weight)}")
+    if hasattr(weight, "device_mesh") and not hasattr(c, "device_mesh"):
+        raise ValueError("weight: expected a plain tensor like c, got a DTensor; give its to_local()")
+    if weight.device != c.device:
+        raise ValueError(f"weight: expected {c.device} like e, got {weight.device}")
 
 
 def is_a(x: object, conversion: str) -> bool:

@@ -103,16 +103,19 @@ def shard_of(options: VocabParallelOptions) -> VocabShard:
     )
 
 
-def check_rows(shard: VocabShard, c: Tensor, targets: Tensor) -> None:
+def check_rows(shard: VocabShard, c: Tensor, targets: Tensor, more: int) -> None:
     """Raises ValueError where c does not have as many rows as the shard.
 
-    The other ranks wait in the collective of this call: they are told there, and do not wait for ever.
+    The other ranks wait in the collective of this call: they are told there, and do not wait for ever. more: how many
+    numbers sum_over_ranks is to add up afterwards, where those who do not look at what they are told wait again.
     """
     if len(c) == shard.stop - shard.start:
         return
     if not torch.compiler.is_compiling():
         refusal = torch.tensor([-float("inf"), float("inf")], dtype=torch.promote_types(c.dtype, torch.float32))
         all_gather(refusal.to(c.device)[:, None].repeat(1, targets.numel()), shard.ranks, shard.group)
+        if more and not may_look_at(targets):
+            all_gather(refusal.to(c.device)[:1].expand(more), shard.ranks, shard.group)
     raise ValueError(
         f"c: expected {shard.stop - shard.start} rows, this rank's [{shard.start}, {shard.stop}) of "
         f"vocab_parallel_options, got {list(c.shape)}"
@@ -132,7 +135,7 @@ def lce_forward(
 ) -> tuple[Tensor, Tensor]:
     """nll and lse [N] over the whole vocabulary: cce::lce_forward of the shard, and one collective."""
     labels, mine = _local_labels(shard, targets, ignore_index)
-    return _differentiable(_shared(shard, e), c, bias, labels, mine, seed, targets, shard, options)
+    return _differentiable(e, c, bias, labels, mine, seed, targets, shard, options)
 
 
 def dense_forward(
@@ -147,8 +150,17 @@ def dense_forward(
 ) -> tuple[Tensor, Tensor]:
     """The same of reference.forward, eager or compiled."""
     labels, mine = _local_labels(shard, targets, ignore_index)
-    nll, lse = forward(_shared(shard, e), c, bias, labels, _IGNORED, softcap)
+    nll, lse = forward(e, c, bias, labels, _IGNORED, softcap)
     return _combine(shard, lse, lse - nll, labels, mine, targets)
+
+
+def sum_over_ranks(shard: VocabShard, own: Tensor) -> Tensor:
+    """Σ over the group of own [K]: the same on all ranks, to the last bit. Its gradient is that of this rank's part."""
+    parts = all_gather(own.detach(), shard.ranks, shard.group).view(shard.ranks, len(own))
+    if own.requires_grad:
+        here = torch.arange(shard.ranks, device=own.device) == shard.rank
+        parts = torch.where(here[:, None], own, parts)
+    return parts.sum(0)
 
 
 def mean_count(count: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -259,7 +271,8 @@ _differentiable: Callable[..., tuple[Tensor, Tensor]] = _LceForward.apply
 _sum_gradient: Callable[[Tensor, str], Tensor] = _SumGradient.apply
 
 
-def _shared(shard: VocabShard, e: Tensor) -> Tensor:
+def shared(shard: VocabShard, e: Tensor) -> Tensor:
+    """e as it is, for all that this rank makes of it: a gradient that is the rank's part is summed over the group."""
     return _sum_gradient(e, shard.group) if shard.reduce_e_grad else e
 
 

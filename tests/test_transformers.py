@@ -271,7 +271,7 @@ def test_defaults_are_those_of_the_loss():
     parameters = inspect.signature(cce_patch).parameters
     options = inspect.signature(linear_cross_entropy).parameters
     assert parameters.keys() - options.keys() == {"model_or_model_type", "train_only"}
-    assert all(parameters[name].default == options[name].default for name in list(parameters)[1:-1])
+    assert all(parameters[name].default == options[name].default for name in parameters.keys() & options.keys())
 
 
 @pytest.mark.parametrize("divided", [{}, {"num_items_in_batch": 7}], ids=["", "divided"])
@@ -291,6 +291,7 @@ def test_options_reach_the_loss(monkeypatch, divided):
         "accum_c_fp32": True,
         "filter_e_grad": False,
         "filter_c_grad": False,
+        "label_smoothing": 0.1,
     }
     cce_patch(tiny("gemma2"), **wanted)(**batch(), **divided)
     assert seen == {**wanted, "reduction": "sum" if divided else "mean", "ignore_index": -100, "softcap": 0.7}
@@ -474,7 +475,9 @@ def test_training_without_labels_is_told_once(accelerate, tmp_path, label_smooth
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path), max_steps=2, use_cpu=True, label_smoothing_factor=label_smoothing, report_to=[]
     )
-    with pytest.warns(UserWarning, match="LlamaForCausalLM is in training and was given no labels.*leave") as seen:
+    with pytest.warns(
+        UserWarning, match="LlamaForCausalLM is in training and was given no labels.*label_smoothing instead.*leave"
+    ) as seen:
         transformers.Trainer(model, arguments, train_dataset=Rows(), compute_loss_func=loss).train()
     assert len([w for w in seen if "cce_patch" in str(w.message)]) == 1
 
@@ -538,6 +541,32 @@ def test_trainer(accelerate, tmp_path):
     for name, x in expected.items():
         torch.testing.assert_close(weights[name] - before[name], x - before[name], rtol=1e-3, atol=1e-6)
     assert not torch.equal(expected["lm_head.weight"], before["lm_head.weight"])
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_label_smoothing(accelerate, tmp_path, divided):
+    """The Trainer's own, of an unpatched model's logits. It has no notice of num_items_in_batch."""
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, label_smoothing_factor=0.1, report_to=[]
+    )
+    unpatched = tiny()
+    expected = transformers.Trainer(unpatched, arguments).compute_loss(unpatched, batch())
+    more = {"num_items_in_batch": (batch()["labels"][:, 1:] != -100).sum()} if divided else {}
+    model = cce_patch(tiny(), impl="cce_exact", label_smoothing=0.1)
+    loss = model(**batch(), **more).loss
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    for (name, x), y in zip(model.named_parameters(), unpatched.parameters(), strict=True):
+        torch.testing.assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_label_smoothing_of_a_model_with_a_softcap():
+    model = cce_patch(tiny("gemma2"), label_smoothing=0.1)
+    with pytest.raises(ValueError, match="label_smoothing: expected 0 with softcap="):
+        model(**batch())
+    with pytest.raises(ValueError, match=r"label_smoothing: expected a number in \[0, 1\), got 2"):
+        cce_patch(tiny(), label_smoothing=2)
 
 
 # ---- PEFT ----

@@ -28,6 +28,7 @@ class PatchOptions(GradientOptions, total=False):
     """Keywords of cce_patch, for type checkers."""
 
     train_only: bool
+    label_smoothing: float
 
 
 @overload
@@ -58,6 +59,8 @@ def cce_patch(
     filter_e_grad: bool = True,
     filter_c_grad: bool = True,
     train_only: bool = False,
+    *,
+    label_smoothing: float = 0.0,
 ) -> nn.Module | None:
     """Let a causal LM compute its loss by linear_cross_entropy: wherever it is given labels, and with logits None.
 
@@ -82,6 +85,8 @@ def cce_patch(
         filter_c_grad: likewise.
         train_only: a model in eval mode computes logits and its own loss. The Trainer's compute_metrics needs them:
             otherwise it is given an empty tuple.
+        label_smoothing: as in linear_cross_entropy, and instead of the Trainer's label_smoothing_factor, which takes
+            the labels away from the model. A model with a softcap has none.
 
     Returns:
         The model, None for a type or a config.
@@ -100,6 +105,7 @@ def cce_patch(
         "accum_c_fp32": accum_c_fp32,
         "filter_e_grad": filter_e_grad,
         "filter_c_grad": filter_c_grad,
+        "label_smoothing": label_smoothing,
     }
     Options(**options).check()
     options["train_only"] = train_only
@@ -242,8 +248,9 @@ def _patched_forward(cls: Any, options: dict[str, Any]) -> Callable[..., Any]:
 
 _NO_LABELS = (
     "cce_patch: {} is in training and was given no labels, so that it computes its logits, and no loss of cce_ext's. "
-    "transformers.Trainer takes the labels away where it has label_smoothing_factor or compute_loss_func: leave these "
-    "out, or undo the patch by cce_unpatch where that is what you want"
+    "transformers.Trainer takes the labels away where it has label_smoothing_factor or compute_loss_func: give "
+    "cce_patch label_smoothing instead of the one, leave the other out, or undo the patch by cce_unpatch where that is "
+    "what you want"
 )
 
 
