@@ -1,9 +1,10 @@
 """Cut cross-entropy: the loss layer of large-vocabulary language models, without the logits."""
 
 from . import layers  # kernels looks for layers here
-from .api import LinearCrossEntropy, compute_z_loss, linear_cross_entropy
+from .api import LinearCrossEntropy, linear_cross_entropy
 from .ops import HAS_CUDA
 from .options import IMPLS, LinearCrossEntropyImpl
+from .reduction import compute_z_loss
 from .vocab_parallel import VocabParallelOptions
 
 __version__ = "0.2.0"

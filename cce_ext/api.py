@@ -27,7 +27,6 @@ from .options import (
     check_shift,
     check_softcap,
     check_target_range,
-    check_tensor,
     check_tensors,
     check_transforms,
     check_weight,
@@ -37,6 +36,7 @@ from .options import (
     resolve_method,
     unwrapped,
 )
+from .reduction import is_dtensor, reduce_tokens
 from .vocab_parallel import VocabParallelOptions
 
 if TYPE_CHECKING:
@@ -253,57 +253,6 @@ class LinearCrossEntropy(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items()) + weight
 
 
-def compute_z_loss(
-    lse: Tensor,
-    targets: Tensor | None = None,
-    shift: bool | int = 0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    mean_group: dist.ProcessGroup | None = None,
-) -> Tensor:
-    """The z-loss lse^2, which keeps the softmax's normaliser near 1 (PaLM, Chowdhery et al., 2022, section 5).
-
-    Args:
-        lse: [.., T - shift], as linear_cross_entropy returns it with the same shift. May be a DTensor.
-        targets: [.., T] or None. Tokens whose (shifted) target is ignore_index count for nothing. Plain targets beside
-            a DTensor lse are the whole ones, the same on all ranks.
-        shift: as given to linear_cross_entropy.
-        ignore_index: likewise.
-        reduction: likewise.
-        mean_group: likewise.
-
-    Returns:
-        A scalar, or lse's shape for "none", in lse's dtype.
-
-    Raises:
-        TypeError: what is no tensor.
-        ValueError: shapes or options.
-    """
-    check_reduction(reduction, mean_group)
-    check_tensor("lse", lse)
-    z_loss = lse.square()
-    if targets is None:
-        counts = torch.ones_like(lse, dtype=torch.bool)
-    else:
-        check_tensor("targets", targets)
-        if _is_dtensor(targets) and not _is_dtensor(lse):
-            raise ValueError("targets: expected a plain tensor like lse, got a DTensor; give its to_local()")
-        shift = check_shift(shift, targets)
-        if shift:
-            targets = targets[..., shift:]
-        if targets.shape != lse.shape:
-            raise ValueError(
-                f"targets: after shift={shift} expected lse's shape {list(lse.shape)}, got {list(targets.shape)}"
-            )
-        counts = targets != ignore_index
-        if _is_dtensor(lse) and not _is_dtensor(counts):
-            from .distributed import like
-
-            counts = like(lse, counts)
-        z_loss = z_loss.masked_fill(~counts, 0.0)
-    return _reduce(z_loss, counts, reduction, mean_group)
-
-
 def _loss_and_lse(
     e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
@@ -318,7 +267,7 @@ def _loss_and_lse(
     if options.vocab_parallel_options is not None:
         shard = vocab_parallel.shard_of(options.vocab_parallel_options)
         seed_salt = shard.start
-    if any(_is_dtensor(x) for x in (e, c, targets, bias)):
+    if any(is_dtensor(x) for x in (e, c, targets, bias)):
         if shard is not None:
             raise ValueError("vocab_parallel_options: expected None where e, c or targets are DTensors, which say it")
         from .distributed import localize
@@ -408,32 +357,7 @@ def _loss_and_lse(
     # A sum over plain tensors asks for no shape, and what shift leaves without a label adds 0 to it.
     if options.reduction == "none" or from_local is not None:
         nll, counts = of_positions(nll), None if counts is None else of_positions(counts)
-    return _reduce(nll, counts, options.reduction, options.mean_group), lse
-
-
-def _is_dtensor(x: Tensor | None) -> bool:
-    """By what only a DTensor has: importing the class takes longer than all the rest of this package."""
-    return hasattr(x, "device_mesh")
-
-
-def _reduce(
-    values: Tensor, counts: Tensor | None, reduction: str, mean_group: dist.ProcessGroup | None = None
-) -> Tensor:
-    """values must be 0 where counts, of which only "mean" asks, is False. A DTensor scalar is the same on all ranks."""
-    if reduction == "none":
-        return values
-    total = values.sum()
-    if reduction == "mean":
-        assert counts is not None
-        count: Any = counts.sum()
-        if mean_group is not None:
-            count = vocab_parallel.mean_count(count.full_tensor() if _is_dtensor(count) else count, mean_group)
-        total = total / count
-    if not _is_dtensor(total):
-        return total
-    from .distributed import replicated
-
-    return replicated(total)
+    return reduce_tokens(nll, counts, options.reduction, options.mean_group), lse
 
 
 @functools.cache

@@ -20,8 +20,6 @@ _GRADIENT_OPTIONS = ("impl", "filter_eps", "accum_e_fp32", "accum_c_fp32", "filt
 
 # What LigerForCausalLMLoss knows and this loss does not, with the values at which it changes nothing.
 _UNKNOWN_OPTIONS: Mapping[str, tuple[Any, ...]] = {
-    "ce_weight": (None,),
-    "label_smoothing": (0, None),
     "lse_square_scale": (0, None),
     "reduction": ("mean", None),
     "return_predicted_tokens": (False, None),
@@ -120,6 +118,8 @@ class CCEForCausalLMLoss(nn.Module):
             ignore_index=ignore_index,
             softcap=kwargs.get("final_logit_softcapping"),
             reduction="mean" if num_items_in_batch is None else "sum",
+            label_smoothing=kwargs.get("label_smoothing") or 0.0,
+            weight=kwargs.get("ce_weight"),
             **options,
         )
         if num_items_in_batch is None:

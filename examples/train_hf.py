@@ -305,6 +305,11 @@ def main() -> int:
     loss = trainer.evaluate()["eval_loss"]
     if trainer.is_world_process_zero():
         print(f"held-out loss {loss:.4f} after {trainer.state.global_step} steps; saved in {args.out}")
+    if torch.distributed.is_initialized():
+        # Gloo's threads want the interpreter to let go of the last collective's tensors. On the way out it would wait
+        # for them, or abort: here, at a barrier, they get it.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
     return 0
 
 

@@ -36,7 +36,7 @@ def inputs() -> dict[str, Tensor]:
     }
 
 
-def dense(x: dict, num_items=None, shift_labels=None, ignore_index=-100, softcap=None) -> Tensor:
+def dense(x: dict, num_items=None, shift_labels=None, ignore_index=-100, softcap=None, **more) -> Tensor:
     """Transformers' ForCausalLMLoss, written out."""
     logits = F.linear(x["hidden_states"], x["lm_head_weight"], x["lm_head_bias"])
     if softcap is not None:
@@ -48,6 +48,7 @@ def dense(x: dict, num_items=None, shift_labels=None, ignore_index=-100, softcap
         shift_labels.flatten(),
         ignore_index=ignore_index,
         reduction="mean" if not num_items else "sum",
+        **more,
     )
     return nll if num_items is None else nll / num_items
 
@@ -66,6 +67,15 @@ def test_kernels_would_take_it():
     assert {name for name in dir(cls) if name not in dir(nn.Module)} == {"has_backward", "can_torch_compile"}
     assert tuple(inspect.signature(cls.forward).parameters) == LIGERS
     assert cls.can_torch_compile and cls.has_backward
+
+
+@pytest.mark.parametrize("num_items", [None, 7])
+def test_label_smoothing_and_class_weights(inputs, num_items):
+    weight = torch.rand(VOCAB)
+    loss = layer()(
+        None, impl="cce_exact", num_items_in_batch=num_items, label_smoothing=0.1, ce_weight=weight, **inputs
+    )
+    assert_same(inputs, loss, dense(inputs, num_items, weight=weight, label_smoothing=0.1))
 
 
 @pytest.mark.parametrize("num_items", [None, 7, torch.tensor(7)], ids=["mean", "int", "tensor"])
@@ -112,10 +122,10 @@ def test_compiles_whole(inputs):
         ({"labels": None}, "expected labels or shift_labels"),
         ({"vocab_size": 7}, "vocab_size: expected the tensors' 300, got 7"),
         ({"hidden_size": 7}, "hidden_size: expected the tensors' 16, got 7"),
-        ({"label_smoothing": 0.1}, "label_smoothing: CCEForCausalLMLoss has no such option, got 0.1"),
         ({"return_token_accuracy": True}, "return_token_accuracy: CCEForCausalLMLoss has no such option"),
         ({"softcap": 3.0}, "softcap: CCEForCausalLMLoss has no such option"),
-        ({"ce_weight": torch.ones(VOCAB)}, "ce_weight: CCEForCausalLMLoss has no such option"),
+        ({"label_smoothing": 1.5}, "label_smoothing: expected a number in"),
+        ({"ce_weight": torch.ones(7)}, "weight: "),
         ({"impl": "magic"}, "impl: "),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.graphs import captured
 from support.ignored import CONTENTS, PATTERNS, alone, live_of, masked, with_rows
 from support.problems import Problem, assert_as_good_as_dense, dense, error, full_of_nan, oracle, peaked, upstream
 from torch import Tensor
@@ -158,19 +159,6 @@ def test_what_flows_into_ignored_tokens_reaches_nothing(pattern, where, impl):
 
 # One after the other: more ignored tokens, fewer, none, all, and some again.
 REPLAYS = ["none", "half at random", "spans", "all but one in the middle", "all", "the first block", "none", "one"]
-
-
-def captured(step):
-    """The step's CUDA graph and what it returns. PyTorch asks for a first call outside of it, on another stream."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
-    return graph, results
 
 
 @each_impl

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.graphs import captured
 from support.problems import Problem, assert_as_good_as_dense, dense, error, oracle, peaked, uniform, upstream
 from torch.nn import functional as F
 
@@ -473,14 +474,7 @@ def test_a_step_in_a_cuda_graph(impl):
         loss = linear_cross_entropy(p.e, p.c, p.targets, impl=impl, filter_eps=2.0**-6 if impl == "cce" else "auto")
         return loss, *torch.autograd.grad(loss, (p.e, p.c))
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, held = captured(step)
     results = []
     for k in (1, 1, 2):
         with torch.no_grad():
@@ -488,10 +482,10 @@ def test_a_step_in_a_cuda_graph(impl):
             p.e.copy_(other.e), p.c.copy_(other.c), p.targets.copy_(other.targets)
         graph.replay()
         torch.cuda.synchronize()
-        results.append([x.clone() for x in captured])
-        exact = oracle(p, torch.full_like(captured[0], 1 / 400).expand(400), torch.zeros(400, device="cuda"))
-        assert abs(captured[0] - exact[0].mean()) < 1e-4
-        for x, y in zip(captured[1:], exact[2], strict=True):
+        results.append([x.clone() for x in held])
+        exact = oracle(p, torch.full_like(held[0], 1 / 400).expand(400), torch.zeros(400, device="cuda"))
+        assert abs(held[0] - exact[0].mean()) < 1e-4
+        for x, y in zip(held[1:], exact[2], strict=True):
             assert error(x, y) < (0.2 if impl == "cce" else 1e-2)
     assert torch.equal(results[0][0], results[1][0])
     assert (error(results[0][2], results[1][2]) > 0.005) == (impl == "cce"), "a replay must draw anew"

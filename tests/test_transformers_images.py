@@ -11,7 +11,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from support.models import TINY, batch, compare  # noqa: E402
+from support.models import TINY, all_random, batch, compare  # noqa: E402
 
 from cce_ext.transformers import cce_patch, cce_unpatch, supported  # noqa: E402
 from cce_ext.transformers.families import WITH_IMAGES  # noqa: E402
@@ -122,11 +122,7 @@ def tiny_with_images(model_type: str) -> transformers.PreTrainedModel:
         **family.more,
     )
     torch.manual_seed(0)
-    model = transformers.AutoModelForImageTextToText.from_config(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.1 * torch.randn_like(p)
-    return model
+    return all_random(transformers.AutoModelForImageTextToText.from_config(config).eval())
 
 
 def image_batch(model_type: str) -> dict[str, torch.Tensor]:

@@ -14,10 +14,8 @@ struct LiveCount {
 };
 
 struct LiveRows {
-  const int* tokens;  // [n], of which the first `rows` are those that count, in their order; or null: all do
-  const LiveCount* count;  // one; or null
-
-  __device__ __forceinline__ int token(int row) const { return tokens == nullptr ? row : tokens[row]; }
+  const int* tokens;       // [n], of which the first `rows` are those that count, in their order
+  const LiveCount* count;  // one; or null: the product is of all rows
 };
 
 // What the blocks of a product E C^T do: of all tokens, or of those that count. In shared memory: the

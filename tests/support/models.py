@@ -63,7 +63,11 @@ def tiny(model_type: str = "llama", **more) -> transformers.PreTrainedModel:
     settings = {name: x for name, x in TINY.items() if hasattr(known, name)}
     config = transformers.AutoConfig.for_model(model_type, **{**settings, **MORE.get(model_type, {}), **more})
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    return all_random(transformers.AutoModelForCausalLM.from_config(config).eval())
+
+
+def all_random(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """The model, with every parameter moved: biases begin as zeros, norms as ones."""
     with torch.no_grad():
         for p in model.parameters():
             p += 0.1 * torch.randn_like(p)
