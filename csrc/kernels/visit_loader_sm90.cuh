@@ -41,8 +41,7 @@ class VisitLoader {
       } else {
         load_visits(slot);
       }
-      __syncwarp();
-      if (thread() % kWarpLanes == 0) ptx::mbarrier_arrive(slots_.done(place.slot));
+      ptx::mbarrier_arrive(slots_.done(place.slot));
     }
   }
 

@@ -34,8 +34,8 @@ class VisitScout {
       } else if (more && slot.item.work != VisitWork::kRound) {
         find_tokens(slot);
       }
-      __syncwarp();
-      if (lane_ == 0) ptx::mbarrier_arrive(slots_.found(place.slot));
+      // Each lane for what it wrote itself.
+      ptx::mbarrier_arrive(slots_.found(place.slot));
     }
   }
 

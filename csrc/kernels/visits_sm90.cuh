@@ -32,8 +32,8 @@ __global__ void __launch_bounds__(VisitsSm90::kThreads, 1)
       ptx::mbarrier_init(ring.empty(slot), LogitsSm90::kConsumerWarps);
     }
     for (int slot = 0; slot < VisitsSm90::kSlots; ++slot) {
-      ptx::mbarrier_init(slots.found(slot), 1);
-      ptx::mbarrier_init(slots.done(slot), LogitsSm90::kConsumerWarps + VisitsSm90::kLoaderWarps);
+      ptx::mbarrier_init(slots.found(slot), kWarpLanes);
+      ptx::mbarrier_init(slots.done(slot), LogitsSm90::kConsumerWarps + VisitsSm90::kLoaderThreads);
     }
     ptx::mbarrier_init_fence();
   }
