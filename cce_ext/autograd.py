@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch._C import DispatchKey, DispatchKeySet
 from torch.autograd import forward_ad
 
 from ._ops import ops
-from .options import KernelOptions, refuse_tangents
+from .options import ENTROPY, KernelOptions, refuse_tangents
 
 AUTOCAST_KEYS = ("AutocastCPU", "AutocastCUDA", "AutocastXPU", "AutocastMPS")
 
@@ -46,18 +46,31 @@ def _has_short_way(*inputs: Tensor | None) -> bool:
     ) and _PLAIN.issuperset(map(type, inputs))
 
 
+class Outputs(NamedTuple):
+    """Of cce::lce_forward, whose schema says what they are."""
+
+    nll: Tensor
+    lse: Tensor
+    tile_map: Tensor
+    stats: Tensor
+    argmax: Tensor
+
+
 def lce_forward(
     e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, seed: Tensor | None, **options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Outputs:
     """cce::lce_forward of e, c and bias that autocast has cast."""
-    out: tuple[Tensor, Tensor, Tensor]
-    if not _has_short_way(e, c, bias, targets, seed):
+    if not _has_short_way(e, c, bias, targets, seed, options.get("scale")):
         out = ops.lce_forward(e, c, bias, targets, seed, **options)
     elif torch.is_grad_enabled() and torch._C._any_requires_grad(e, c, bias):
         out = _differentiable(ops.lce_forward.default, e, c, bias, targets, seed, options)
     else:
         out = _call_kernel(ops.lce_forward.default, e, c, bias, targets, seed, **options)
-    return out
+    return Outputs(*out)
+
+
+# Of lce_forward alone.
+_OF_FORWARD = ("need_map", "stats", "batch_invariant")
 
 
 class _LceForward(torch.autograd.Function):
@@ -72,32 +85,54 @@ class _LceForward(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         seed: Tensor | None,
+        scale: Tensor | None,
         options: dict[str, Any],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        nll, lse, tile_map = _call_kernel(call, e, c, bias, targets, seed, **options)
-        ctx.mark_non_differentiable(tile_map)
+    ) -> tuple[Tensor, ...]:
+        out = Outputs(*_call_kernel(call, e, c, bias, targets, seed, scale=scale, **options))
+        # Of stats, the entropy alone is differentiable.
+        has_entropy = bool(options.get("stats", 0) & ENTROPY)
+        ctx.mark_non_differentiable(out.tile_map, out.argmax, *(() if has_entropy else (out.stats,)))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(e, c, bias, targets, nll, lse, tile_map, seed)
-        ctx.options = {name: value for name, value in options.items() if name != "need_map"}
-        return nll, lse, tile_map
+        stats = out.stats if has_entropy else None
+        ctx.save_for_backward(e, c, bias, targets, out.nll, out.lse, out.tile_map, stats, seed, scale)
+        ctx.options = {name: value for name, value in options.items() if name not in _OF_FORWARD}
+        return tuple(out)
 
     @staticmethod
-    def backward(ctx: Any, g_nll: Tensor | None, g_lse: Tensor | None, g_map: None) -> tuple[Tensor | None, ...]:
-        d_e, d_c, d_bias = gradients(g_nll, g_lse, ctx.saved_tensors, ctx.options, ctx.needs_input_grad[1:4])
-        return None, d_e, d_c, d_bias, None, None, None
+    def backward(
+        ctx: Any, g_nll: Tensor | None, g_lse: Tensor | None, g_map: None, g_stats: Tensor | None, g_argmax: None
+    ) -> tuple[Tensor | None, ...]:
+        *saved, stats, seed, scale = ctx.saved_tensors
+        ups = (g_nll, g_lse, None if g_stats is None else g_stats[0])
+        entropy = None if stats is None else stats[0]
+        d_e, d_c, d_bias = gradients(ups, (*saved, entropy, seed), scale, ctx.options, ctx.needs_input_grad[1:4])
+        return None, d_e, d_c, d_bias, None, None, None, None
 
 
-_differentiable: Callable[..., tuple[Tensor, Tensor, Tensor]] = _LceForward.apply
+_apply: Callable[..., tuple[Tensor, ...]] = _LceForward.apply
+
+
+def _differentiable(call: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
+    """args: those of the operator, and a dict of its keywords."""
+    *tensors, options = args
+    scale = options.get("scale")
+    if scale is not None and scale.requires_grad:
+        raise ValueError("scale: expected a tensor that requires no gradient: it is given none")
+    rest = {name: value for name, value in options.items() if name != "scale"}
+    return _apply(call, *tensors, scale, rest)
 
 
 def gradients(
-    g_nll: Tensor | None,
-    g_lse: Tensor | None,
+    ups: tuple[Tensor | None, Tensor | None, Tensor | None],
     saved: tuple[Tensor | None, ...],
+    scale: Tensor | None,
     options: dict[str, Any],
     need: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """cce::lce_backward of what a forward saved (its arguments from e to seed): e's, c's and bias's, where needed."""
+    """cce::lce_backward of what a forward saved (its arguments from e to seed): e's, c's and bias's, where needed.
+
+    ups: the gradients of nll, lse and the entropy.
+    """
     e = saved[0]
     sampled = options.get("method", KernelOptions.method) == "sampled"
     if e is not None and e.is_cuda and sampled and torch.are_deterministic_algorithms_enabled():
@@ -105,10 +140,10 @@ def gradients(
         options = options | {"filter_e": False}
     needs = {"need_e": need[0], "need_c": need[1], "need_bias": need[2]}
     # Gradients are enabled here where these are to be differentiated: the operator refuses that.
-    if not torch.is_grad_enabled() and _has_short_way(g_nll, g_lse, *saved):
-        found = _call_kernel(ops.lce_backward.default, g_nll, g_lse, *saved, **options, **needs)
+    if not torch.is_grad_enabled() and _has_short_way(*ups, *saved, scale):
+        found = _call_kernel(ops.lce_backward.default, *ups, *saved, scale=scale, **options, **needs)
     else:
-        found = ops.lce_backward(g_nll, g_lse, *saved, **options, **needs)
+        found = ops.lce_backward(*ups, *saved, scale=scale, **options, **needs)
     d_e, d_c, d_bias = (g if needed else None for g, needed in zip(found, need, strict=True))
     return d_e, d_c, d_bias
 

@@ -57,7 +57,13 @@ class Classifier:
 
 
 def label_logits(
-    e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, ignore_index: int, softcap: float | None
+    e: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ignore_index: int,
+    softcap: float | None,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """z_{i, y_i} by gathering the labels' rows of c: [N], 0 where ignored, NaN where the target is not in [0, V)."""
     acc = accumulate_dtype(e)
@@ -74,6 +80,8 @@ def label_logits(
         z += bias[y]
     if softcap is not None:
         z.div_(softcap).tanh_().mul_(softcap)
+    if scale is not None:
+        z *= scale
     return z.masked_fill_(~inside, float("nan")).masked_fill_(targets == ignore_index, 0.0)
 
 

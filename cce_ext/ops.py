@@ -20,7 +20,15 @@ from torch import Tensor
 from . import autograd, portable
 from ._ops import add_op_namespace_prefix, ops
 from .classifier import accumulate_dtype, label_logits
-from .options import KernelOptions, check_inputs, check_target_range, may_look_at
+from .options import (
+    MAXIMUM,
+    STATS_ROWS,
+    KernelOptions,
+    check_inputs,
+    check_of_tokens,
+    check_target_range,
+    may_look_at,
+)
 from .sampling import num_tiles
 
 HAS_CUDA: bool = json.loads(ops.build_info())["cuda"]
@@ -43,13 +51,13 @@ def _checked(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, keyword
     if e.dim() != 2:
         raise ValueError(f"e: expected [N, D], got {list(e.shape)}")
     check_inputs(e, c, targets, bias)
-    options.check()
+    options.check(e)
     return options
 
 
 def _label_logits(e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, **keywords: Any) -> Tensor:
     options = _checked(e, c, bias, targets, keywords)
-    return label_logits(e, c, bias, targets, options.ignore_index, options.softcap)
+    return label_logits(e, c, bias, targets, options.ignore_index, options.softcap, options.scale)
 
 
 def _lce_forward(
@@ -60,20 +68,32 @@ def _lce_forward(
     seed: Tensor | None,
     *,
     need_map: bool = True,
+    stats: int = 0,
+    batch_invariant: bool = False,
     **keywords: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     options = _checked(e, c, bias, targets, keywords)
+    if not 0 <= stats < 1 << STATS_ROWS:
+        raise ValueError(f"stats: expected a sum of 1, 2, 4 and 8, got {stats}")
     if may_look_at(targets):
         check_target_range(targets, len(c), options.ignore_index)
     # The operator where it has a kernel of its own; elsewhere it would only be a longer way to the same function.
     of_labels = ops.label_logits if HAS_CUDA and e.is_cuda else label_logits
-    label = of_labels(e, c, bias, targets, ignore_index=options.ignore_index, softcap=options.softcap)
-    return portable.lce_forward(e, c, bias, targets, label, options=options, need_map=need_map)
+    given: dict[str, Any] = {"ignore_index": options.ignore_index, "softcap": options.softcap, "scale": options.scale}
+    label = of_labels(e, c, bias, targets, **given)
+    return portable.lce_forward(
+        *(e, c, bias, targets, label),
+        options=options,
+        need_map=need_map,
+        stats=stats,
+        batch_invariant=batch_invariant,
+    )
 
 
 def _lce_backward(
     g_nll: Tensor | None,
     g_lse: Tensor | None,
+    g_entropy: Tensor | None,
     e: Tensor,
     c: Tensor,
     bias: Tensor | None,
@@ -81,6 +101,7 @@ def _lce_backward(
     nll: Tensor,
     lse: Tensor,
     tile_map: Tensor,
+    entropy: Tensor | None,
     seed: Tensor | None,
     *,
     need_e: bool = True,
@@ -97,8 +118,12 @@ def _lce_backward(
         )
     if options.method == "sampled" and seed is None:
         raise ValueError("seed: the sampled method needs one, a [1] int64 tensor, got None")
+    if g_entropy is not None:
+        if entropy is None:
+            raise ValueError("entropy: expected what lce_forward gave, since g_entropy is given, got None")
+        check_of_tokens("entropy", entropy, e)
     gradients = portable.lce_backward(
-        *(g_nll, g_lse, e, c, bias, targets, nll, lse, tile_map, seed),
+        *(g_nll, g_lse, g_entropy, e, c, bias, targets, nll, lse, tile_map, entropy, seed),
         options=options,
         need_e=need_e,
         need_c=need_c,
@@ -121,17 +146,26 @@ def _lce_forward_fake(
     seed: Tensor | None,
     *,
     need_map: bool = True,
+    stats: int = 0,
+    batch_invariant: bool = False,
     **keywords: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     _checked(e, c, bias, targets, keywords)
     n, dtype = e.shape[0], accumulate_dtype(e)
     tiles = (num_tiles(c.shape[0]), n) if need_map else (0, 0)
-    return e.new_empty(n, dtype=dtype), e.new_empty(n, dtype=dtype), e.new_empty(tiles, dtype=torch.int16)
+    return (
+        e.new_empty(n, dtype=dtype),
+        e.new_empty(n, dtype=dtype),
+        e.new_empty(tiles, dtype=torch.int16),
+        e.new_empty((STATS_ROWS, n) if stats else (0, 0), dtype=dtype),
+        e.new_empty(n if stats & MAXIMUM else 0, dtype=torch.int64),
+    )
 
 
 def _lce_backward_fake(
     g_nll: Tensor | None,
     g_lse: Tensor | None,
+    g_entropy: Tensor | None,
     e: Tensor,
     c: Tensor,
     bias: Tensor | None,
@@ -187,11 +221,16 @@ def _lce_forward_autocast(
 
 
 def _lce_backward_autocast(
-    g_nll: Tensor | None, g_lse: Tensor | None, e: Tensor, *inputs: Tensor | None, **options: Any
+    g_nll: Tensor | None,
+    g_lse: Tensor | None,
+    g_entropy: Tensor | None,
+    e: Tensor,
+    *inputs: Tensor | None,
+    **options: Any,
 ) -> Any:
     """Everything has the forward's dtype. A backward inside the caller's autocast must not have its own steps cast."""
     with torch.autocast(e.device.type, enabled=False):
-        return ops.lce_backward(g_nll, g_lse, e, *inputs, **options)
+        return ops.lce_backward(g_nll, g_lse, g_entropy, e, *inputs, **options)
 
 
 for _key in autograd.AUTOCAST_KEYS:

@@ -23,6 +23,10 @@ FilterEps = float | Literal["auto", "high"] | None
 
 DEFAULT_SAMPLING_EPS = 2.0**-8
 
+# What lce_forward's stats are made of, by bits: csrc/ops/schema.cpp. The rows of its output are in this order.
+ENTROPY, LOG_SUM_SQ_PROBS, MEAN_LOGITS, MAXIMUM = 1, 2, 4, 8
+STATS_ROWS = 4
+
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -132,11 +136,14 @@ class KernelOptions:
     eps: float = DEFAULT_SAMPLING_EPS
     filter_e: bool = True
     filter_c: bool = True
+    scale: Tensor | None = None
 
-    def check(self) -> None:
-        """Raises ValueError."""
+    def check(self, e: Tensor) -> None:
+        """For a call on e [N, D]. Raises ValueError, TypeError for a scale of a wrong dtype."""
         check_softcap(self.softcap)
         check_eps(self.method, self.eps, "eps")
+        if self.scale is not None:
+            check_of_tokens("scale", self.scale, e)
 
 
 class Method(NamedTuple):
@@ -198,6 +205,17 @@ def check_eps(method: str, eps: float, argument: str) -> None:
         raise ValueError(f"{argument}: the sampling eps must be in (0, 0.5], got {eps!r}")
     if method == "threshold" and not 0 < eps < 1:
         raise ValueError(f"{argument}: the threshold must be in (0, 1), got {eps!r}")
+
+
+def check_of_tokens(name: str, x: Tensor, e: Tensor) -> None:
+    """x [N], a number for each token e [N, D], in the dtype of sums. Raises TypeError or ValueError."""
+    dtype = torch.promote_types(e.dtype, torch.float32)
+    if x.dtype != dtype:
+        raise TypeError(f"{name}: expected {dtype} for e of {e.dtype}, got {x.dtype}")
+    if x.shape != e.shape[:1]:
+        raise ValueError(f"{name}: expected [{len(e)}], one for each token, got {_shape(x)}")
+    if x.device != e.device:
+        raise ValueError(f"{name}: expected {e.device} like e, got {x.device}")
 
 
 def check_generator(generator: torch.Generator | None, device: torch.device | None = None) -> None:

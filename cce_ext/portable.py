@@ -49,12 +49,16 @@ def lce_forward(
     *,
     options: KernelOptions,
     need_map: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    stats: int = 0,
+    batch_invariant: bool = False,
+) -> tuple[Tensor, ...]:
     """From the label logits [N]: nll [N], lse [N] and the tile map, [tiles, N] int16 or [0, 0] where it is not needed.
 
     The map holds sum and L2 norm of each tile's exp(z - label logit), as sampling.encode_tiles writes them: those of
     its p are these over exp(nll), for any offset of the logits.
     """
+    if stats or batch_invariant or options.scale is not None:
+        raise NotImplementedError("lce_forward: portable statistics, scales and batch invariance are not there yet")
     n, v = len(e), len(c)
     acc = accumulate_dtype(e)
     classifier = Classifier(c, bias, options.softcap, acc)
@@ -76,7 +80,7 @@ def lce_forward(
             tile_map[:, rows] = encode_tiles(*logs).T
 
     lse.masked_fill_(ignored, 0.0)
-    return lse - label, lse, tile_map
+    return lse - label, lse, tile_map, lse.new_empty(0, 0), targets.new_empty(0, dtype=torch.int64)
 
 
 class TileSums(NamedTuple):
@@ -140,6 +144,7 @@ def _reduce_blocks(
 def lce_backward(
     g_nll: Tensor | None,
     g_lse: Tensor | None,
+    g_entropy: Tensor | None,
     e: Tensor,
     c: Tensor,
     bias: Tensor | None,
@@ -147,6 +152,7 @@ def lce_backward(
     nll: Tensor,
     lse: Tensor,
     tile_map: Tensor,
+    entropy: Tensor | None,
     seed: Tensor | None,
     *,
     options: KernelOptions,
@@ -155,6 +161,8 @@ def lce_backward(
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of e, c and bias in their dtypes, each only where needed, from dz = a p - b onehot (docs/design.md)."""
+    if g_entropy is not None or options.scale is not None:
+        raise NotImplementedError("lce_backward: the portable gradient of the entropy and scales are not there yet")
     acc = accumulate_dtype(e)
     # Masked, not multiplied: what flows into an ignored token may be anything, NaN as well. Its p is 0.
     ignored = targets == options.ignore_index

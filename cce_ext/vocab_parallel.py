@@ -229,7 +229,7 @@ class _LceForward(torch.autograd.Function):
         shard: VocabShard,
         options: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
-        nll, lse, tile_map = ops.lce_forward(e, c, bias, labels, seed, ignore_index=_IGNORED, **options)
+        nll, lse, tile_map, *_ = ops.lce_forward(e, c, bias, labels, seed, ignore_index=_IGNORED, **options)
         reference = lse - nll
         nll, lse = _combine(shard, lse, reference, labels, mine, targets)
         # The map is relative to this shard's label, or its stand-in. A target that is in no shard must show in the
@@ -245,9 +245,9 @@ class _LceForward(torch.autograd.Function):
         e, c, bias, labels, mine, relative, lse, tile_map, seed = ctx.saved_tensors
         # Elsewhere a token's loss is its lse alone, which has all of this shard's columns.
         d_e, d_c, d_bias = gradients(
-            g_nll.masked_fill(~mine, 0.0),
-            g_lse + g_nll.masked_fill(mine, 0.0),
-            (e, c, bias, labels, relative, lse, tile_map, seed),
+            (g_nll.masked_fill(~mine, 0.0), g_lse + g_nll.masked_fill(mine, 0.0), None),
+            (e, c, bias, labels, relative, lse, tile_map, None, seed),
+            None,
             {"ignore_index": _IGNORED, **ctx.options},
             ctx.needs_input_grad[:3],
         )

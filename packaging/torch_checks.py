@@ -53,9 +53,10 @@ def opcheck() -> None:
     for options in METHODS:
         check(ops.lce_forward.default, (e, c, bias, targets, seed), options)
         with torch.no_grad():
-            nll, lse, tile_map = ops.lce_forward(e, c, bias, targets, seed, **options)
+            nll, lse, tile_map, _, _ = ops.lce_forward(e, c, bias, targets, seed, **options)
         rest = {name: value for name, value in options.items() if name != "need_map"}
-        inputs = (torch.rand_like(nll), None, e.detach(), c.detach(), bias.detach(), targets, nll, lse, tile_map, seed)
+        saved = (e.detach(), c.detach(), bias.detach(), targets, nll, lse, tile_map)
+        inputs = (torch.rand_like(nll), None, None, *saved, None, seed)
         for needs in ({}, {"need_e": False, "need_bias": True}, {"need_c": False}):
             check(ops.lce_backward.default, inputs, rest | needs)
     check(ops.label_logits.default, (e.detach(), c.detach(), bias.detach(), targets), {"softcap": 2.0})

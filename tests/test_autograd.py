@@ -205,9 +205,9 @@ def test_operators_without_a_gradient_say_so():
     logits = torch.ops.cce.label_logits(p.e, p.c, p.bias, p.targets)
     with pytest.raises(NotImplementedError, match="label_logits has no gradient"):
         logits.sum().backward()
-    nll, lse, tile_map = torch.ops.cce.lce_forward(p.e, p.c, None, p.targets, None, method="exact")
+    nll, lse, tile_map, *_ = torch.ops.cce.lce_forward(p.e, p.c, None, p.targets, None, method="exact")
     assert nll.requires_grad and lse.requires_grad and not tile_map.requires_grad
-    arguments = (torch.ones_like(nll), None, p.e, p.c, None, p.targets, nll, lse, tile_map, None)
+    arguments = (torch.ones_like(nll), None, None, p.e, p.c, None, p.targets, nll, lse, tile_map, None, None)
     d_e, _, _ = torch.ops.cce.lce_backward(*arguments, method="exact")
     with no_gradient_twice:
         d_e.sum().backward()
@@ -223,7 +223,7 @@ def test_operators_refuse_tangents(name, trains):
     """Of forward-mode AD a tangent of 0 would be all that is left."""
     p = peaked(20, 16, 300, bias=True)
     p = p.leaves() if trains else p
-    nll, lse, tile_map = (x.detach() for x in torch.ops.cce.lce_forward(p.e, p.c, p.bias, p.targets, None))
+    nll, lse, tile_map = (x.detach() for x in torch.ops.cce.lce_forward(p.e, p.c, p.bias, p.targets, None)[:3])
     with forward_ad.dual_level():
         e, c, bias = (dual(x) if name == of else x for of, x in (("e", p.e), ("c", p.c), ("bias", p.bias)))
         for call in (torch.ops.cce.linear_cross_entropy, linear_cross_entropy):
@@ -236,7 +236,9 @@ def test_operators_refuse_tangents(name, trains):
                 with no_forward_mode:
                     torch.ops.cce.label_logits(e, c, bias, p.targets)
                 with no_forward_mode:
-                    torch.ops.cce.lce_backward(nll, None, e, c, bias, p.targets, nll, lse, tile_map, torch.tensor([1]))
+                    torch.ops.cce.lce_backward(
+                        *(nll, None, None, e, c, bias, p.targets, nll, lse, tile_map, None, torch.tensor([1]))
+                    )
     # A level at which the loss has no tangent is none of its business.
     with forward_ad.dual_level():
         dual(torch.ones(3))

@@ -97,13 +97,13 @@ def seed_of(k: int) -> Tensor:
 
 def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
     with around(p):
-        return ops.lce_forward(p.e, p.c, p.bias, p.targets, None, ignore_index=p.ignore_index, softcap=p.softcap)
+        return ops.lce_forward(p.e, p.c, p.bias, p.targets, None, ignore_index=p.ignore_index, softcap=p.softcap)[:3]
 
 
 def arguments(p: Problem, outputs, method: Method, seed: int, ups: Upstream):
     seeds = seed_of(seed) if method.draws else None
     options = {"ignore_index": p.ignore_index, "softcap": p.softcap, "method": method.name, "eps": method.eps}
-    return (*ups, p.e, p.c, p.bias, p.targets, *outputs, seeds), options
+    return (*ups, None, p.e, p.c, p.bias, p.targets, *outputs, None, seeds), options
 
 
 def backward(
@@ -553,7 +553,7 @@ def assert_refused(name: str, method: str, message: str) -> None:
 
     def call():
         ops.lce_backward(
-            *(a["g_nll"], a["g_lse"], e, c, None, targets, a["nll"], a["lse"], a["tile_map"], a["seed"]),
+            *(a["g_nll"], a["g_lse"], None, e, c, None, targets, a["nll"], a["lse"], a["tile_map"], None, a["seed"]),
             method=method,
             eps=2.0**-9,
         )

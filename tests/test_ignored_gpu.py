@@ -39,7 +39,7 @@ def problem(shape: tuple[int, int, int], pattern: str, dtype: torch.dtype = torc
 
 def forward(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
     with full_of_nan():
-        return ops.lce_forward(p.e, p.c, p.bias, p.targets, None, ignore_index=p.ignore_index, softcap=p.softcap)
+        return ops.lce_forward(p.e, p.c, p.bias, p.targets, None, ignore_index=p.ignore_index, softcap=p.softcap)[:3]
 
 
 def backward(p: Problem, outputs: tuple[Tensor, ...], impl: str, seed: Tensor | None = None) -> list[Tensor]:
@@ -49,7 +49,7 @@ def backward(p: Problem, outputs: tuple[Tensor, ...], impl: str, seed: Tensor | 
     with full_of_nan():
         return list(
             ops.lce_backward(
-                *(*upstream(p), p.e, p.c, p.bias, p.targets, *outputs, seed if method.draws else None),
+                *(*upstream(p), None, p.e, p.c, p.bias, p.targets, *outputs, None, seed if method.draws else None),
                 ignore_index=p.ignore_index,
                 softcap=p.softcap,
                 method=method.name,
@@ -172,10 +172,10 @@ def test_a_graph_whose_targets_change(first, impl):
     ups = upstream(p)
 
     def step():
-        outputs = ops.lce_forward(p.e, p.c, p.bias, p.targets, None)
+        outputs = ops.lce_forward(p.e, p.c, p.bias, p.targets, None)[:3]
         seeds = seed if method.draws else None
         options = {"method": method.name, "eps": method.eps, "need_bias": True}
-        args = (*ups, p.e, p.c, p.bias, p.targets, *outputs, seeds)
+        args = (*ups, None, p.e, p.c, p.bias, p.targets, *outputs, None, seeds)
         return *outputs, *ops.lce_backward(*args, **options)
 
     graph, results = captured(step)

@@ -43,7 +43,8 @@ def seed_of(k: int) -> torch.Tensor:
 
 def forward(p: Problem, **options):
     poison()
-    return ops.lce_forward(p.e, p.c, p.bias, p.targets, None, ignore_index=p.ignore_index, softcap=p.softcap, **options)
+    given = {"ignore_index": p.ignore_index, "softcap": p.softcap}
+    return ops.lce_forward(p.e, p.c, p.bias, p.targets, None, **given, **options)[:3]
 
 
 def backward(p: Problem, outputs, method: str, *, op=ops.lce_backward, seed=1, upstream_of=None, **options):
@@ -51,7 +52,8 @@ def backward(p: Problem, outputs, method: str, *, op=ops.lce_backward, seed=1, u
     g_nll, g_lse = upstream(p) if upstream_of is None else upstream_of
     options = {"eps": EPS[method], "need_bias": p.bias is not None} | options
     grads = op(
-        *(g_nll, g_lse, p.e, p.c, p.bias, p.targets, *outputs, seed_of(seed) if method == "sampled" else None),
+        *(g_nll, g_lse, None, p.e, p.c, p.bias, p.targets),
+        *(*outputs, None, seed_of(seed) if method == "sampled" else None),
         ignore_index=p.ignore_index,
         softcap=p.softcap,
         method=method,
@@ -400,11 +402,11 @@ def test_strided_rows_are_not_copied():
     wide_e, wide_c = (torch.randn(rows, 768, device="cuda").bfloat16() for rows in (512, 131072))
     e, c = wide_e[:, 128:640], wide_c[:, 128:640]
     t = torch.randint(0, 131072, (512,), device="cuda")
-    outputs = ops.lce_forward(e, c, None, t, None, need_map=False)
+    outputs = ops.lce_forward(e, c, None, t, None, need_map=False)[:3]
     calls = [
         lambda: ops.lce_forward(e, c, None, t, None, need_map=False),
         lambda: ops.lce_backward(
-            *(outputs[0], None, e, c, None, t, *outputs, None), method="exact", eps=0.5, need_c=False
+            *(outputs[0], None, None, e, c, None, t, *outputs, None, None), method="exact", eps=0.5, need_c=False
         ),
     ]
     for call in calls:
@@ -505,7 +507,7 @@ def test_offsets_past_2_to_31():
     lse = torch.full((n,), -float("inf"), device="cuda")
     for block in c.split(65536):
         lse = torch.logaddexp(lse, (e @ block.T).float().logsumexp(1))
-    outputs = ops.lce_forward(e, c, None, targets, None)
+    outputs = ops.lce_forward(e, c, None, targets, None)[:3]
     assert error(outputs[1], lse) < 1e-3
     ones = torch.ones(n, device="cuda")
     tail = slice(v - 3000, v)
@@ -516,7 +518,7 @@ def test_offsets_past_2_to_31():
     for method in METHODS:
         seed = seed_of(3) if method == "sampled" else None
         grad_e, grad_c, _ = ops.lce_backward(
-            *(ones, None, e, c, None, targets, *outputs, seed), method=method, eps=EPS[method]
+            *(ones, None, None, e, c, None, targets, *outputs, None, seed), method=method, eps=EPS[method]
         )
         if method == "exact":
             assert error(grad_c[tail], expected) < 1e-2
@@ -533,11 +535,11 @@ def test_more_vocab_tiles_than_a_grid_is_high():
     c = torch.empty(v, d, device="cuda", dtype=torch.bfloat16).normal_(0, 0.1, generator=g)
     e = 200.0 * c[-1:]
     targets = torch.tensor([v - 1], device="cuda")
-    outputs = ops.lce_forward(e, c, None, targets, None)
+    outputs = ops.lce_forward(e, c, None, targets, None)[:3]
     lse = torch.stack([(e.float() @ block.float().T).logsumexp(1) for block in c.split(1 << 26)]).logsumexp(0)
     assert error(outputs[1], lse) < 1e-3
     ones = torch.ones(1, device="cuda")
-    grad_e, grad_c, _ = ops.lce_backward(ones, None, e, c, None, targets, *outputs, seed_of(1))
+    grad_e, grad_c, _ = ops.lce_backward(ones, None, None, e, c, None, targets, *outputs, None, seed_of(1))
     expected = ((e.float() @ c[-1:].float().T - lse).exp() - 1) * e.float()
     assert error(grad_c[-1:], expected) < 1e-2 and grad_e.isfinite().all() and grad_e.any()
     assert all(block.isfinite().all() for block in grad_c.split(1 << 26))
@@ -576,11 +578,11 @@ WAITING = """
 import torch, cce_ext
 e, c = torch.zeros(300, 64, device="cuda").bfloat16(), torch.zeros(20000, 64, device="cuda").bfloat16()
 t = torch.zeros(300, device="cuda").long()
-nll, lse, tiles = torch.ops.cce.lce_forward(e, c, None, t, None)
+nll, lse, tiles, *_ = torch.ops.cce.lce_forward(e, c, None, t, None)
 seed = torch.zeros(1, device="cuda").long()
 everywhere = torch.full(tiles.shape, 100.0, device="cuda")
 everywhere = cce_ext.sampling.encode_tiles(everywhere, everywhere)
-torch.ops.cce.lce_backward(nll, None, e, c, None, t, nll, lse, everywhere, seed)
+torch.ops.cce.lce_backward(nll, None, None, e, c, None, t, nll, lse, everywhere, None, seed)
 torch.cuda.synchronize()
 print("done")
 """
@@ -628,7 +630,8 @@ def test_errors_of_the_operator_name_the_argument(change, message):
     a = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in a.items()}
     with pytest.raises(RuntimeError, match=message):
         ops.lce_backward(
-            *(a["nll"], None, a["e"], a["c"], None, a["targets"], a["nll"], a["lse"], a["tile_map"], a["seed"]),
+            *(a["nll"], None, None, a["e"], a["c"], None, a["targets"], a["nll"], a["lse"], a["tile_map"], None),
+            a["seed"],
             method=a["method"],
             eps=a["eps"],
         )

@@ -35,12 +35,12 @@ def test_opcheck(options, device):
     q = p.leaves()
     torch.library.opcheck(torch.ops.cce.lce_forward.default, (q.e, q.c, q.bias, q.targets, seed), options)
 
-    nll, lse, tile_map = torch.ops.cce.lce_forward(p.e, p.c, p.bias, p.targets, seed, **options)
+    nll, lse, tile_map, *_ = torch.ops.cce.lce_forward(p.e, p.c, p.bias, p.targets, seed, **options)
     rest = {k: v for k, v in options.items() if k != "need_map"}
     for needs in ({}, {"need_e": False, "need_bias": True}, {"need_c": False}):
         torch.library.opcheck(
             torch.ops.cce.lce_backward.default,
-            (torch.rand_like(nll), None, p.e, p.c, p.bias, p.targets, nll, lse, tile_map, seed),
+            (torch.rand_like(nll), None, None, p.e, p.c, p.bias, p.targets, nll, lse, tile_map, None, seed),
             {**rest, **needs},
         )
 
@@ -184,10 +184,11 @@ def test_aot_inductor(dynamic, tmp_path):
 
 def test_needed_gradients_only():
     p = problem("cpu")
-    nll, lse, tile_map = torch.ops.cce.lce_forward(p.e, p.c, p.bias, p.targets, None)
+    nll, lse, tile_map, *_ = torch.ops.cce.lce_forward(p.e, p.c, p.bias, p.targets, None)
     for need_e, need_c, need_bias in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)):
         grads = torch.ops.cce.lce_backward(
             torch.ones_like(nll),
+            None,
             None,
             p.e,
             p.c,
@@ -196,6 +197,7 @@ def test_needed_gradients_only():
             nll,
             lse,
             tile_map,
+            None,
             torch.tensor([1]),
             need_e=bool(need_e),
             need_c=bool(need_c),
@@ -224,14 +226,16 @@ def test_operator_errors():
         ops.lce_forward(p.e, p.c, None, p.targets, None, method="best")
     with pytest.raises(ValueError, match="eps: the sampling eps"):
         ops.lce_forward(p.e, p.c, None, p.targets, None, eps=2.0)
-    nll, lse, no_map = ops.lce_forward(p.e, p.c, None, p.targets, None, need_map=False)
+    nll, lse, no_map, *_ = ops.lce_forward(p.e, p.c, None, p.targets, None, need_map=False)
     with pytest.raises(ValueError, match=r"tile_map: expected int16 \[2, 20\], got int16 \[0, 0\]"):
-        ops.lce_backward(nll, None, p.e, p.c, None, p.targets, nll, lse, no_map, torch.tensor([1]))
-    nll, lse, tile_map = ops.lce_forward(p.e, p.c, None, p.targets, None)
+        ops.lce_backward(nll, None, None, p.e, p.c, None, p.targets, nll, lse, no_map, None, torch.tensor([1]))
+    nll, lse, tile_map, *_ = ops.lce_forward(p.e, p.c, None, p.targets, None)
     with pytest.raises(ValueError, match=r"tile_map: expected int16 \[2, 20\], got bfloat16 \[2, 20\]"):
-        ops.lce_backward(nll, None, p.e, p.c, None, p.targets, nll, lse, tile_map.bfloat16(), torch.tensor([1]))
+        ops.lce_backward(
+            *(nll, None, None, p.e, p.c, None, p.targets, nll, lse, tile_map.bfloat16(), None, torch.tensor([1]))
+        )
     with pytest.raises(ValueError, match="seed: .* got None"):
-        ops.lce_backward(nll, None, p.e, p.c, None, p.targets, nll, lse, tile_map, None)
+        ops.lce_backward(nll, None, None, p.e, p.c, None, p.targets, nll, lse, tile_map, None, None)
 
 
 def test_the_function_and_the_operator_agree(device):

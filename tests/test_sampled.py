@@ -21,7 +21,7 @@ def problem(device):
 
 
 def forward(p, method="sampled"):
-    return torch.ops.cce.lce_forward(p.e, p.c, p.bias, p.targets, None, method=method, eps=EPS, softcap=p.softcap)
+    return torch.ops.cce.lce_forward(p.e, p.c, p.bias, p.targets, None, method=method, eps=EPS, softcap=p.softcap)[:3]
 
 
 def backward(p, outputs, seed, tile_map=None, eps=EPS):
@@ -30,6 +30,7 @@ def backward(p, outputs, seed, tile_map=None, eps=EPS):
     return torch.ops.cce.lce_backward(
         g_nll.double(),
         g_lse.double(),
+        None,
         p.e,
         p.c,
         p.bias,
@@ -37,6 +38,7 @@ def backward(p, outputs, seed, tile_map=None, eps=EPS):
         nll,
         lse,
         own_map if tile_map is None else tile_map,
+        None,
         torch.tensor([seed], device=p.e.device),
         eps=eps,
         softcap=p.softcap,

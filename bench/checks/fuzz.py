@@ -89,7 +89,7 @@ class Trial:
     def forward(self, need_map: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         self.poison()
         inputs = self.p.e, self.p.c, self.p.bias, self.p.labels
-        return torch.ops.cce.lce_forward(*inputs, None, softcap=self.case.softcap, need_map=need_map)
+        return torch.ops.cce.lce_forward(*inputs, None, softcap=self.case.softcap, need_map=need_map)[:3]
 
     def backward(self, seed: Tensor, needs: str, in_fp64: bool = False) -> dict[str, Tensor]:
         """The operator's. in_fp64: the portable one's, from copies of the inputs."""
@@ -99,7 +99,7 @@ class Trial:
         if in_fp64:
             op, inputs = torch.ops.cce.lce_backward_portable, (x if x is None else x.double() for x in inputs)
         grads = op(
-            *(p.g_nll, p.g_lse, *inputs, p.labels, self.nll, self.lse, self.tile_map, seed),
+            *(p.g_nll, p.g_lse, None, *inputs, p.labels, self.nll, self.lse, self.tile_map, None, seed),
             softcap=self.case.softcap,
             method=self.method.name,
             eps=self.method.eps or 0.5,

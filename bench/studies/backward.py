@@ -70,8 +70,7 @@ def timeline(p: Problem, eps: float) -> list[Row]:
 def by_rank(p: Problem, eps: float, repeats: int) -> list[Row]:
     """Visits a token and milliseconds of each group of vocab tiles, the most visited first."""
     seed = torch.ones(1, dtype=torch.int64, device="cuda")
-    outputs = torch.ops.cce.lce_forward(p.e, p.c, None, p.targets, seed, eps=eps)
-    nll, lse, tile_map = outputs
+    nll, lse, tile_map, *_ = torch.ops.cce.lce_forward(p.e, p.c, None, p.targets, seed, eps=eps)
     share = tile_shares(tile_map, nll)
     visits = visit_probabilities(share, log2_visit_rate(eps), even_share(eps, len(tile_map))).mean(1)
     order = visits.argsort(descending=True)
@@ -83,7 +82,8 @@ def by_rank(p: Problem, eps: float, repeats: int) -> list[Row]:
         some[kept] = tile_map[kept]
 
         def backward() -> None:
-            torch.ops.cce.lce_backward(gradient, None, p.e, p.c, None, p.targets, nll, lse, some, seed, eps=eps)
+            saved = (p.e, p.c, None, p.targets, nll, lse, some, None, seed)
+            torch.ops.cce.lce_backward(gradient, None, None, *saved, eps=eps)
 
         backward()
         return statistics.median(milliseconds(backward, flush) for _ in range(repeats))

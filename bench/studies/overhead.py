@@ -47,13 +47,17 @@ def microseconds(call: Callable[[], object]) -> float:
 def without_kernels(device: str) -> torch.library.Library:
     """The operators' kernels on a device allocate and do nothing else, for as long as what is returned lives."""
 
-    def forward(e: Tensor, c: Tensor, *others: Any, need_map: bool = True, **options: Any) -> tuple[Tensor, ...]:
+    def forward(
+        e: Tensor, c: Tensor, *others: Any, need_map: bool = True, stats: int = 0, **options: Any
+    ) -> tuple[Tensor, ...]:
         tiles = (-(-len(c) // TILE_COLUMNS), len(e)) if need_map else (0, 0)
         nll, lse = (e.new_empty(len(e), dtype=torch.float32) for _ in range(2))
-        return nll, lse, e.new_empty(tiles, dtype=torch.int16)
+        rows = e.new_empty((4, len(e)) if stats else (0, 0), dtype=torch.float32)
+        argmax = e.new_empty(len(e) if stats & 8 else 0, dtype=torch.int64)
+        return nll, lse, e.new_empty(tiles, dtype=torch.int16), rows, argmax
 
     def backward(
-        g_nll: Tensor, g_lse: Tensor, e: Tensor, c: Tensor, *others: Any, **options: Any
+        g_nll: Tensor, g_lse: Tensor, g_entropy: Tensor, e: Tensor, c: Tensor, *others: Any, **options: Any
     ) -> tuple[Tensor, ...]:
         return torch.empty_like(e), torch.empty_like(c), e.new_empty(0)
 
