@@ -11,6 +11,10 @@ namespace cce {
 // Partial log-sum-exps may take 1.5 MB, or one run of columns a token.
 constexpr int64_t kMaxPartials = int64_t{3} << 17;
 
+// Runs of columns where nothing may depend on the other tokens: enough for a few tokens to have half of a
+// large GPU, few enough for the partial sums of many.
+constexpr int kInvariantSplits = 64;
+
 // What is chosen depends on nothing but the rows that count: for the same rows alone it is the same, and
 // every sum has the same order.
 struct ForwardSplits {
@@ -18,6 +22,7 @@ struct ForwardSplits {
   int multiprocessors;
   int block_rows;
   bool pairs;  // from two blocks of rows on, two of them make a unit's rows
+  int fixed;   // runs, whatever the rows; 0: the best for them
 
   CCE_HOST_DEVICE constexpr int cluster(int64_t rows) const { return pairs && rows > block_rows ? 2 : 1; }
   CCE_HOST_DEVICE constexpr int64_t row_blocks(int64_t rows) const {
@@ -26,9 +31,11 @@ struct ForwardSplits {
   }
   CCE_HOST_DEVICE constexpr int most(int64_t rows) const {
     if (rows < 1) return 0;
+    if (fixed != 0) return fixed;
     const int64_t partials = kMaxPartials / rows < 1 ? 1 : kMaxPartials / rows;
     return static_cast<int>(partials < column_blocks ? partials : column_blocks);
   }
+  CCE_HOST_DEVICE constexpr int least() const { return fixed != 0 ? fixed : 1; }
   // The time of all waves, in tenths of a block of columns. A unit takes one of them besides its columns: its
   // row block's first stages come from further away.
   CCE_HOST_DEVICE constexpr int64_t time(int64_t rows, int splits) const {

@@ -6,6 +6,7 @@
 #include "tile/constants.h"
 #include "tile/gradient_row.cuh"
 #include "tile/softcap.cuh"
+#include "tile/token_score.cuh"
 
 namespace cce {
 
@@ -16,7 +17,8 @@ struct GradientArguments {
   const Element* bias;  // of the chunk, or null
   int64_t bias_stride;
   Softcap softcap;
-  const GradientRow* rows;  // [n]
+  const GradientRow* rows;   // [n]
+  const TokenScore* scores;  // [n], or null: there are none
   const uint32_t* largest;
   // The least |p - onehot| for which a filter keeps a block, or 0: all are; log2 of it and of 1 - it.
   float threshold, log2_threshold, log2_rest;
@@ -32,6 +34,14 @@ constexpr int kFilterBlockRows = 128;
 template <typename Element>
 __device__ __forceinline__ GradientRow load_gradient_row(const GradientArguments<Element>& a, int row) {
   return row < a.n ? a.rows[row] : GradientRow{0.0f, 0.0f, INFINITY, -1};
+}
+
+// Of the token's scaled logits.
+template <typename Element>
+__device__ __forceinline__ LogitScore load_logit_score(const GradientArguments<Element>& a, int row) {
+  if (a.scores == nullptr || row >= a.n) return {kLog2E, 0.0f};
+  const float2 score = *reinterpret_cast<const float2*>(a.scores + row);
+  return {score.x, score.y};
 }
 
 // Four pairs of a lane's neighbouring columns, 8 apart, to 16 contiguous bytes a lane: what a quad has of one
@@ -55,11 +65,16 @@ __device__ __forceinline__ void store_32_columns(const Pair& pair, bool inside, 
 }
 
 // Writes the gradient of the logits of a lane's row `r`, in its columns [first, first + kCount). label: its
-// column, counted from the lane's first; out: the place of the warp's first column in the row.
-template <int kCount, bool kSoftcap, typename Element, typename Sums>
-__device__ __forceinline__ void write_gradient(const Sums& sums, int r, int first, const GradientRow& g,
-                                               int label, bool inside, Element* out,
+// column, counted from the lane's first; out: the place of the warp's first column in the row. kind: what dz
+// has besides p and the label.
+enum class GradientKind { kPlain, kSoftcap, kScored };  // with scores there may be a softcap as well
+
+template <int kCount, GradientKind kKind, typename Element, typename Sums>
+__device__ __forceinline__ void write_gradient(const Sums& sums, int r, int first, int row,
+                                               const GradientRow& g, int label, bool inside, Element* out,
                                                const GradientArguments<Element>& a) {
+  LogitScore score{};
+  if constexpr (kKind == GradientKind::kScored) score = load_logit_score(a, row);
   const GradientScale<Element> scale(*a.largest);
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
   // A token that does not count is masked: its logits may be NaN, and 0 times that is NaN.
@@ -73,9 +88,13 @@ __device__ __forceinline__ void write_gradient(const Sums& sums, int r, int firs
       for (int side = 0; side < 2; ++side) {
         const int column = c + 2 * k + side;
         const float z = sums.at(r, column);
-        dz[side] = g.a * g.probability(z);
+        if constexpr (kKind == GradientKind::kScored) {
+          dz[side] = score.weighed(z, g.lse2, g.a);
+        } else {
+          dz[side] = g.a * g.probability(z);
+        }
         if (label == Sums::column_offset(column)) dz[side] -= g.b;
-        if constexpr (kSoftcap) dz[side] *= a.softcap.slope(z);
+        if (kKind != GradientKind::kPlain && a.softcap.present()) dz[side] *= a.softcap.slope(z);
         dz[side] *= scale.factor;
       }
       return pack(dz[0], dz[1], Element()) & live;
@@ -100,13 +119,15 @@ __device__ __forceinline__ void write_zeros(int first, bool inside, Element* out
 // token. Logarithms do, without an exponential: at the label they are mirrored, so that they are as high as p
 // is low.
 template <int kCount, typename Element, typename Sums>
-__device__ __forceinline__ bool passes_filter(const Sums& sums, int r, int first, const GradientRow& g,
-                                              int label, const GradientArguments<Element>& a) {
+__device__ __forceinline__ bool passes_filter(const Sums& sums, int r, int first, int row,
+                                              const GradientRow& g, int label,
+                                              const GradientArguments<Element>& a) {
+  const float scale2 = load_logit_score(a, row).scale2;
   const float mirror = a.log2_threshold + a.log2_rest;
   float highest = -INFINITY;
 #pragma unroll
   for (int c = first; c < first + kCount; ++c) {
-    const float x = g.log2_probability(sums.at(r, c));
+    const float x = fmaf(sums.at(r, c), scale2, -g.lse2);
     highest = fmaxf(highest, label == Sums::column_offset(c) ? mirror - x : x);
   }
   // What is not finite is kept; a maximum would lose it.

@@ -35,19 +35,21 @@ class GradientEpilogue {
       each_row(sums, row0, column0, [&](int, int row, const GradientRow&, int) {
         write_zeros<Sums::kColumns, Sums>(0, row < a_.n, a_.dz + row * a_.stride + column0);
       });
+    } else if (a_.scores != nullptr) {
+      write<GradientKind::kScored>(sums, row0, column0);
     } else if (a_.softcap.present()) {
-      write<true>(sums, row0, column0);
+      write<GradientKind::kSoftcap>(sums, row0, column0);
     } else {
-      write<false>(sums, row0, column0);
+      write<GradientKind::kPlain>(sums, row0, column0);
     }
   }
 
  private:
-  template <bool kSoftcap, typename Sums>
+  template <GradientKind kKind, typename Sums>
   __device__ __forceinline__ void write(const Sums& sums, int row0, int column0) const {
     each_row(sums, row0, column0, [&](int r, int row, const GradientRow& g, int label) {
-      write_gradient<Sums::kColumns, kSoftcap>(sums, r, 0, g, label, row < a_.n,
-                                               a_.dz + row * a_.stride + column0, a_);
+      write_gradient<Sums::kColumns, kKind>(sums, r, 0, row, g, label, row < a_.n,
+                                            a_.dz + row * a_.stride + column0, a_);
     });
   }
 
@@ -57,8 +59,8 @@ class GradientEpilogue {
     static_assert(kLogitsRows == kFilterBlockRows && kLogitsColumns == 2 * kFilterColumns,
                   "two of its blocks");
     bool passes = false;
-    each_row(sums, row0, column0, [&](int r, int, const GradientRow& g, int label) {
-      passes |= passes_filter<Sums::kColumns>(sums, r, 0, g, label, a_);
+    each_row(sums, row0, column0, [&](int r, int row, const GradientRow& g, int label) {
+      passes |= passes_filter<Sums::kColumns>(sums, r, 0, row, g, label, a_);
     });
     // Half of the warps have one, half the other: each block has a barrier of its own.
     return warp_n() < kLogitsWarpsN / 2 ? ptx::any_at_barrier<1, kLogitsThreads / 2>(passes)

@@ -28,15 +28,17 @@ class GradientEpilogueSm90 {
     const int column0 = column_block * LogitsSm90::kColumns;
     finish_logits(sums, column0 + Sums::first_column(lane()), a_.bias, a_.bias_stride, a_.softcap,
                   a_.columns);
-    if (a_.softcap.present()) {
-      write<true>(sums, column0);
+    if (a_.scores != nullptr) {
+      write<GradientKind::kScored>(sums, column0);
+    } else if (a_.softcap.present()) {
+      write<GradientKind::kSoftcap>(sums, column0);
     } else {
-      write<false>(sums, column0);
+      write<GradientKind::kPlain>(sums, column0);
     }
   }
 
  private:
-  template <bool kSoftcap, typename Sums>
+  template <GradientKind kKind, typename Sums>
   __device__ __forceinline__ void write(const Sums& sums, int column0) const {
     constexpr int kCount = Sums::kColumns / 2;  // of a block of the filter
     static_assert(LogitsSm90::kRows == kFilterBlockRows && LogitsSm90::kColumns == 2 * kFilterColumns,
@@ -50,7 +52,7 @@ class GradientEpilogueSm90 {
         Element* out = a_.dz + row(r) * a_.stride + column0;
         if (keep) {
           const GradientRow g = load_gradient_row(a_, row(r));
-          write_gradient<kCount, kSoftcap>(sums, r, first, g, label(g, column0), inside, out, a_);
+          write_gradient<kCount, kKind>(sums, r, first, row(r), g, label(g, column0), inside, out, a_);
         } else {
           write_zeros<kCount, Sums>(first, inside, out);
         }
@@ -65,7 +67,7 @@ class GradientEpilogueSm90 {
 #pragma unroll
     for (int r = 0; r < Sums::kRows; ++r) {
       const GradientRow g = load_gradient_row(a_, row(r));
-      passes |= passes_filter<kCount>(sums, r, first, g, label(g, column0), a_);
+      passes |= passes_filter<kCount>(sums, r, first, row(r), g, label(g, column0), a_);
     }
     return ptx::any_at_barrier<1, LogitsSm90::kConsumers * LogitsSm90::kWarpgroupThreads>(passes);
   }

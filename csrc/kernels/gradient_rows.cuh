@@ -6,6 +6,7 @@
 #include "tile/constants.h"
 #include "tile/gradient_row.cuh"
 #include "tile/target.cuh"
+#include "tile/token_score.cuh"
 
 namespace cce {
 
@@ -19,11 +20,42 @@ struct GradientRowsArguments {
   const float* lse;  // [n]
   Targets targets;   // [n]
   int64_t ignore_index;
-  GradientRow* rows;  // [n]
-  uint32_t* largest;  // 0 before: the bits of the largest finite |a| or |b|
+  const float* g_entropy;  // [n] or null
+  int64_t g_entropy_stride;
+  const float* entropy;  // [n]
+  const float* scale;    // [n] or null
+  GradientRow* rows;     // [n]
+  TokenScore* scores;    // [n] or null
+  uint32_t* largest;     // 0 before: the bits of the largest finite weight
   int n;
   int64_t v;
 };
+
+// What the entropy's gradient and the scale make of a token: its row's weights become those of TokenScore.
+// Returns a bound of |dz| before visits weigh it.
+__device__ __forceinline__ float score_token(const GradientRowsArguments& args, int i, bool ignored,
+                                             GradientRow& row) {
+  constexpr float kInverseE = 0.36787944f;
+  const float scale = args.scale == nullptr ? 1.0f : args.scale[i];
+  const float h = ignored || args.g_entropy == nullptr ? 0.0f : args.g_entropy[i * args.g_entropy_stride];
+  const float entropy = h == 0.0f ? 0.0f : args.entropy[i];
+  const float total = fabsf(row.a) + fabsf(h) * (2.0f * entropy + kInverseE);
+  TokenScore score;
+  score.scale2 = scale * kLog2E;
+  score.h = h * kLn2 * scale;
+  score.entropy = entropy * kLog2E;
+  const bool usable = total > 0.0f && static_cast<bool>(isfinite(total));
+  score.even = usable ? (fabsf(row.a) + fabsf(h) * kInverseE) / total : 1.0f;
+  score.steep = usable ? fabsf(h) * kLn2 / total : 0.0f;
+  args.scores[i] = score;
+  const bool live = row.live() || h != 0.0f;
+  row.a = (row.a - h * entropy) * scale;
+  row.b *= scale;
+  // A row is live by its weights. This one adds nothing that a result could show.
+  constexpr float kLeast = 0x1p-126f;
+  if (live && !row.live()) row.a = kLeast;
+  return fmaxf(total * scale, fabsf(row.b));
+}
 
 // The gradients of nll and lse as the weights a and b of each token. What flows into an ignored token may be
 // anything, NaN as well: it is masked, not multiplied.
@@ -41,8 +73,9 @@ static __global__ void __launch_bounds__(kGradientRowsThreads)
     if (!ignored && !inside) row.a = NAN;
     row.lse2 = ignored ? INFINITY : args.lse[i] * kLog2E;
     row.label = !ignored && inside ? static_cast<int>(target) : -1;
-    args.rows[i] = row;
     magnitude = fmaxf(fabsf(row.a), fabsf(row.b));
+    if (args.scores != nullptr) magnitude = score_token(args, i, ignored, row);
+    args.rows[i] = row;
     if (!isfinite(magnitude)) magnitude = 0.0f;
   }
   // Bits of floats that are not negative are in the floats' order.

@@ -21,6 +21,7 @@ struct LabelLogitsArguments {
   int64_t e_row_stride, c_row_stride, bias_stride, target_stride;
   int64_t ignore_index;
   Accumulator softcap;
+  const Accumulator* scale;  // [n] contiguous, or null
 };
 
 // A warp's dot product of two rows of d elements, in every lane. The rows are read in vectors of kCount
@@ -56,7 +57,7 @@ __device__ __forceinline__ Accumulator row_dot(const Element* x, const Element* 
   return warp_sum((partial[0] + partial[1]) + (partial[2] + partial[3]));
 }
 
-// out[i] = e[i] . c[targets[i]] + bias[targets[i]], capped; 0 for an ignored token, NaN for a target outside
+// out[i] = e[i] . c[targets[i]] + bias[targets[i]], capped and scaled; 0 for an ignored token, NaN for a target outside
 // [0, v).
 template <typename Element, typename Accumulator, typename Index, int kCount>
 __global__ void __launch_bounds__(kLabelLogitsThreads)
@@ -77,6 +78,7 @@ __global__ void __launch_bounds__(kLabelLogitsThreads)
                                                 lane);
       if (a.bias != nullptr) z += widen<Accumulator>(a.bias[target * a.bias_stride]);
       if (a.softcap != Accumulator(0)) z = a.softcap * tanh(z / a.softcap);
+      if (a.scale != nullptr) z *= a.scale[i];
     }
     if (lane == 0) a.out[i] = z;
   }

@@ -9,6 +9,14 @@
 
 namespace cce {
 
+// Of a quad of lanes that hold two rows, even lanes own the first, odd ones the second. The sum of
+// values[own row] over the quad: the other's goes to a lane that it belongs to.
+__device__ __forceinline__ float quad_sum_of_own(const float (&values)[2], bool second) {
+  const float received = __shfl_xor_sync(0xffffffffu, second ? values[0] : values[1], 1);
+  const float sum = (second ? values[1] : values[0]) + received;
+  return sum + __shfl_xor_sync(0xffffffffu, sum, 2);
+}
+
 // As LseEpilogue, from the registers of wgmma: a quad of lanes holds all 256 columns of two rows, a vocab
 // tile, so that rows are reduced by shuffles alone. Even lanes of a quad keep the first row's log-sum-exp,
 // odd ones that of the row eight below. What a warp writes of the tile map are 16 neighbouring entries.
@@ -80,15 +88,8 @@ class LseEpilogueSm90 {
       total[r] = sum[0] + sum[1];
       squares[r] = square[0] + square[1];
     }
-    return {own_row() ? max[1] : max[0], quad_sum_of_own(total), quad_sum_of_own(squares)};
-  }
-
-  // The sum of values[the lane's own row] over the quad: the other's goes to a lane that it belongs to.
-  __device__ __forceinline__ float quad_sum_of_own(const float (&values)[2]) const {
     const bool second = own_row() != 0;
-    const float received = __shfl_xor_sync(0xffffffffu, second ? values[0] : values[1], 1);
-    const float sum = (second ? values[1] : values[0]) + received;
-    return sum + __shfl_xor_sync(0xffffffffu, sum, 2);
+    return {second ? max[1] : max[0], quad_sum_of_own(total, second), quad_sum_of_own(squares, second)};
   }
 
   const Arguments& a_;

@@ -114,13 +114,22 @@ class VisitConsumer {
       const VisitRow row = row_of(r);
       const GradientRow g = {row.weight, row.b, row.lse2, row.label - LogitSums::first_column(lane())};
       if (row.label == kCentroidRow) continue;
+      const auto write = [&](const auto& weighed) {
 #pragma unroll
-      for (int c = 0; c < LogitSums::kColumns; ++c) {
-        const float z = sums.at(r, c);
-        float value = g.a * g.probability(z);
-        if (g.label == LogitSums::column_offset(c)) value -= g.b;
-        if (a_.softcap.present()) value *= a_.softcap.slope(z);
-        sums.at(r, c) = value * factor;
+        for (int c = 0; c < LogitSums::kColumns; ++c) {
+          const float z = sums.at(r, c);
+          float value = weighed(z);
+          if (g.label == LogitSums::column_offset(c)) value -= g.b;
+          if (a_.softcap.present()) value *= a_.softcap.slope(z);
+          sums.at(r, c) = value * factor;
+        }
+      };
+      if (a_.scores == nullptr) {
+        write([&](float z) { return g.a * g.probability(z); });
+      } else {
+        const VisitScore visit = slot.score[first_m + LogitSums::row_offset(r)];
+        const LogitScore score = {visit.scale2, visit.h};
+        write([&](float z) { return score.weighed(z, g.lse2, g.a); });
       }
     }
     ptx::wgmma_hold(sums.tiles[0]);

@@ -8,6 +8,7 @@
 #include "tile/sampling.h"
 #include "tile/softcap.cuh"
 #include "tile/tile_map.h"
+#include "tile/token_score.cuh"
 #include "tile/warp.cuh"
 
 namespace cce {
@@ -15,6 +16,7 @@ namespace cce {
 template <typename Element>
 struct VisitMaskArguments {
   const GradientRow* rows;   // [n]
+  const TokenScore* scores;  // [n], where they are wanted
   const float* nll;          // [n]: the tile map's reference is so far below the log-sum-exp
   const uint16_t* tile_map;  // [tiles, n]
   const int64_t* seed;       // one
@@ -29,14 +31,17 @@ struct VisitMaskArguments {
 };
 
 // The mean of softcap's slope over a tile, about: that at the logit of a single column with the tile's norm.
-__device__ __forceinline__ float slope_of_tile(const TileShare& share, float lse, const Softcap& softcap) {
-  return softcap.present() ? softcap.slope(lse + kLn2 * share.log2_norm) : 1.0f;
+// bits: of the capped logit, of which there are scale2 for each unit.
+__device__ __forceinline__ float slope_of_tile(const TileShare& share, float lse2, float scale2,
+                                               const Softcap& softcap) {
+  return softcap.present() ? softcap.slope(__fdividef(lse2 + share.log2_norm, scale2)) : 1.0f;
 }
 
 // Finds the visits and the residual masses, a m (1 - w) with w = visited / q: what the control variate gives
 // the centroid of a tile, so that its expectation is 0. A block takes a cell of 128 tokens by 32 tiles: see
 // tile/sampling.h. The grid is a line of blocks, tokens before tiles: its other dimensions end at 65535.
-template <typename Element>
+// kScored: with scores.
+template <typename Element, bool kScored>
 __global__ void __launch_bounds__(kMaskThreads)
     visit_mask_kernel(const __grid_constant__ VisitMaskArguments<Element> a) {
   constexpr int kWords = kChainTokens / kMaskBits;
@@ -53,7 +58,8 @@ __global__ void __launch_bounds__(kMaskThreads)
   const int end = min(begin + kMaskTiles, a.tiles);
   // A lane's tokens are 32 apart, so that a ballot is a word.
   bool live[kWords];
-  float log2_reference[kWords], weight[kWords], lse[kWords];
+  float log2_reference[kWords], weight[kWords], lse2[kWords];
+  TokenScore score[kScored ? kWords : 1];
   int label_tile[kWords];
 #pragma unroll
   for (int k = 0; k < kWords; ++k) {
@@ -63,7 +69,11 @@ __global__ void __launch_bounds__(kMaskThreads)
     live[k] = row.live();
     log2_reference[k] = inside ? a.nll[token] * kLog2E : 0.0f;
     weight[k] = row.a * scale.factor;
-    lse[k] = row.lse2 * kLn2;
+    lse2[k] = row.lse2;
+    if constexpr (kScored) {
+      score[k] = inside ? a.scores[token] : TokenScore{kLog2E, 0.0f, 0.0f, 1.0f, 0.0f};
+      score[k].h *= scale.factor;
+    }
     label_tile[k] = row.label < 0 ? -1 : row.label / kTileColumns;
   }
   // Fetched a tile ahead.
@@ -78,6 +88,18 @@ __global__ void __launch_bounds__(kMaskThreads)
   // The tile's share of a token's p; in the label's tile all is certain, and there is nothing to make up for.
   const auto drawn = [&](int k, int tile) { return live[k] && tile != label_tile[k]; };
 
+  const auto probability = [&](int k, const TileShare& share) {
+    return a.rate.probability(share, kScored ? score[kScored ? k : 0].factor(share) : 1.0f);
+  };
+  const auto weighed_mass = [&](int k, const TileShare& share) {
+    const float mass = tile_mass(share);
+    // The weight may be NaN.
+    if (mass == 0.0f) return 0.0f;
+    const TokenScore& s = score[kScored ? k : 0];
+    const float sum = kScored ? s.weighed_mass(weight[k], mass, share) : weight[k] * mass;
+    return sum * slope_of_tile(share, lse2[k], kScored ? s.scale2 : kLog2E, a.softcap);
+  };
+
   // A token's chain runs through the tiles of all warps: each begins with what the ones before it add.
   uint32_t chain[kWords] = {};
   const int first_in_chains = begin + (chain_of_token(block, begin) ? 0 : 1);
@@ -90,7 +112,7 @@ __global__ void __launch_bounds__(kMaskThreads)
 #pragma unroll
     for (int k = 0; k < kWords; ++k) {
       if (drawn(k, tile)) {
-        chain[k] += visit_step(a.rate.probability(decode_tile(code[k], log2_reference[k])));
+        chain[k] += visit_step(probability(k, decode_tile(code[k], log2_reference[k])));
       }
     }
   }
@@ -125,8 +147,8 @@ __global__ void __launch_bounds__(kMaskThreads)
       mass[k] = 0.0f;
       if (drawn(k, tile)) {
         const TileShare share = decode_tile(code[k], log2_reference[k]);
-        q[k] = a.rate.probability(share);
-        mass[k] = tile_mass(share) * slope_of_tile(share, lse[k], a.softcap);
+        q[k] = probability(k, share);
+        mass[k] = weighed_mass(k, share);
       }
       visit[k] = live[k] && q[k] == 1.0f;
       step[k] = live[k] ? visit_step(q[k]) : 0;
@@ -152,10 +174,10 @@ __global__ void __launch_bounds__(kMaskThreads)
       word[k] = __ballot_sync(0xffffffffu, visit[k]);
       const int token = first + k * kMaskBits + lane;
       if (token < a.residual_stride) {
-        const float part = mass[k] * (visit[k] ? 1.0f - 1.0f / q[k] : 1.0f);
-        // Where nothing is left, the weight may be anything, NaN as well.
+        const float left = visit[k] ? 1.0f - 1.0f / q[k] : 1.0f;
+        // Where nothing is left, the mass may be anything, NaN as well.
         a.residual[static_cast<int64_t>(tile) * a.residual_stride + token] =
-            narrow<Element>(part == 0.0f ? 0.0f : weight[k] * part);
+            narrow<Element>(left == 0.0f ? 0.0f : mass[k] * left);
       }
     }
     static_assert(kWords == 4, "a warp writes four words");

@@ -64,17 +64,23 @@ class VisitScout {
 #pragma unroll
     for (int m = lane_; m < kVisitRows; m += kWarpLanes) {
       VisitRow row = {0.0f, 0.0f, INFINITY, -1};
+      VisitScore logit = {kLog2E, 0.0f};
       int token = -1;
       if (m < visits) {
         token = slot.token[m];
         const GradientRow g = a_.rows[token];
-        float weight = g.a;
         const bool own = g.label >= 0 && g.label / kTileColumns == item.strip;
+        float q = 1.0f;
+        TokenScore score = {kLog2E, 0.0f, 0.0f, 1.0f, 0.0f};
+        if (a_.scores != nullptr) score = a_.scores[token];
         if (!own) {
           const uint16_t code = a_.tile_map[static_cast<int64_t>(item.strip) * a_.e.count + token];
-          weight = __fdividef(weight, a_.rate.probability(decode_tile(code, a_.nll[token] * kLog2E)));
+          const TileShare share = decode_tile(code, a_.nll[token] * kLog2E);
+          q = a_.rate.probability(share, a_.scores == nullptr ? 1.0f : score.factor(share));
         }
-        row = {weight, g.b, g.lse2, own ? g.label % kTileColumns : -1};
+        const float weight = __fdividef(1.0f, q);
+        row = {g.a * weight, own ? g.b : weight, g.lse2, own ? g.label % kTileColumns : -1};
+        logit = {score.scale2, score.h * weight};
       } else if (m < rows) {
         token = a_.e.count;
         row.label = kCentroidRow;
@@ -82,6 +88,7 @@ class VisitScout {
       if (leaves_dz(item.work) && token >= 0) a_.tokens[item.first_row + first_rank + m] = token;
       slot.token[m] = token;
       slot.row[m] = row;
+      if (a_.scores != nullptr) slot.score[m] = logit;
       slot.e[m] = m < visits ? a_.e.data + token * a_.e.stride : a_.mean;
     }
     if (lane_ == 0) {

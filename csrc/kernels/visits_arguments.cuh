@@ -8,6 +8,7 @@
 #include "tile/gradient_row.cuh"
 #include "tile/softcap.cuh"
 #include "tile/tile_map.h"
+#include "tile/token_score.cuh"
 
 namespace cce {
 
@@ -20,6 +21,7 @@ struct VisitsArguments {
   Softcap softcap;
   int d, stages;
   const GradientRow* rows;   // [n]
+  const TokenScore* scores;  // [n], or null: there are none
   const float* nll;          // [n]
   const uint16_t* tile_map;  // [tiles, n]
   const uint32_t* mask;      // [tiles, mask_words(n)]

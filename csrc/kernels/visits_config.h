@@ -39,10 +39,13 @@ constexpr int kVisitGradientBytes = 2 * kVisitTileBytes;  // dz, 128 by 128
 
 // What dz of one visiting token needs: dz = weight p - b [column = label], p = 2^(z log2 e - lse2).
 struct alignas(16) VisitRow {
-  float weight, b, lse2;
+  float weight;
+  float b;  // where it has a label in the strip; else what p is weighed by, 1 / q
+  float lse2;
   int label;  // its column in the strip, or -1; kCentroidRow: dz are the tile's weights instead
 };
 constexpr int kCentroidRow = -2;
+
 
 struct VisitQueueShared {
   VisitItem item;

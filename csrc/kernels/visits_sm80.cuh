@@ -160,13 +160,15 @@ class Visits {
       if (thread_ < min(visits, kVisitRows)) {
         token = shared_.tokens[thread_];
         const GradientRow g = a_.rows[token];
-        float weight = g.a;
+        float q = 1.0f;
         if (g.label < 0 || g.label / kTileColumns != tile) {
           const uint16_t code = a_.tile_map[static_cast<int64_t>(tile) * a_.e.count + token];
-          weight /= a_.rate.probability(decode_tile(code, a_.nll[token] * kLog2E));
+          const TileShare share = decode_tile(code, a_.nll[token] * kLog2E);
+          q = a_.rate.probability(share, a_.scores == nullptr ? 1.0f : a_.scores[token].factor(share));
         }
         const int label = g.label - item.strip * kVisitColumns;
-        row = {weight, g.b, g.lse2, label >= 0 && label < kVisitColumns ? label : -1};
+        const bool own = label >= 0 && label < kVisitColumns;
+        row = {g.a / q, own ? g.b : 1.0f / q, g.lse2, own ? label : -1};
       } else if (thread_ < count) {
         token = a_.e.count;
         row.label = kCentroidRow;
@@ -193,6 +195,11 @@ class Visits {
       const int m = first_m_ + Sums::row_offset(r) + Sums::first_row(lane_);
       const VisitRow row = shared_.rows[m];
       const GradientRow g = {row.weight, row.b, row.lse2, row.label};
+      LogitScore score = {kLog2E, 0.0f};
+      if (a_.scores != nullptr && is_token(shared_.tokens[m])) {
+        const TokenScore& of_token = a_.scores[shared_.tokens[m]];
+        score = {of_token.scale2, of_token.h * (row.label < 0 ? row.b : 1.0f)};
+      }
 #pragma unroll
       for (int c = 0; c < Sums::kColumns; c += 2) {
         float dz[2];
@@ -200,7 +207,7 @@ class Visits {
         for (int side = 0; side < 2; ++side) {
           const int n = first_n_ + Sums::column_offset(c + side) + Sums::first_column(lane_);
           const float z = sums.at(r, c + side);
-          dz[side] = g.a * g.probability(z);
+          dz[side] = a_.scores == nullptr ? g.a * g.probability(z) : score.weighed(z, g.lse2, g.a);
           if (n == g.label) dz[side] -= g.b;
           if (a_.softcap.present()) dz[side] *= a_.softcap.slope(z);
           dz[side] *= scale_.factor;

@@ -29,6 +29,11 @@ struct VisitsSm90 {
                 "the consumers would wait for registers for ever");
 };
 
+// What dz of one visiting token needs where there are scores: as LogitScore, h weighed.
+struct VisitScore {
+  float scale2, h;
+};
+
 // An item that the scout has found, with all that the others need to know.
 template <typename Element>
 struct VisitSlot {
@@ -37,6 +42,7 @@ struct VisitSlot {
   int rows;    // of an item of dz: its tokens and the control variate's row; of dC: the strip's
   int visits;  // of an item of dz: its tokens
   VisitRow row[kVisitRows];
+  VisitScore score[kVisitRows];  // where there are scores
   int token[kVisitRows];
   const Element* e[kVisitRows];  // of each row, its tokens' and the mean token's
 };

@@ -5,6 +5,7 @@
 #include "kernels/live_rows.h"
 #include "kernels/logits_sm80.cuh"
 #include "kernels/lse.cuh"
+#include "kernels/scores.cuh"
 #include "launch/dtype.cuh"
 #include "launch/launch_error.h"
 #include "launch/params.h"
@@ -58,6 +59,26 @@ LseArguments<Element> lse_arguments(const LceForwardParams& p) {
   a.v = static_cast<int>(p.in.v);
   return a;
 }
+
+// Each of the statistics that are asked for has a part of the memory.
+inline PartialScores partial_scores_of(const LceForwardParams& p) {
+  const auto part = [&](int number, Statistic asked) -> float* {
+    return (p.statistics & asked) != 0 ? p.partial_statistics + number * p.partials : nullptr;
+  };
+  return {part(0, kEntropy), part(1, kLogSumSquares), part(2, kMeanLogit), part(3, kArgmax),
+          reinterpret_cast<int*>(part(kStatistics, kArgmax))};
+}
+
+template <typename Element>
+ScoreArguments<Element> score_arguments(const LceForwardParams& p) {
+  return {lse_arguments<Element>(p), p.scale, partial_scores_of(p)};
+}
+
+// A type as a value.
+template <typename T>
+struct Type {
+  using type = T;
+};
 
 // Lets a kernel have more shared memory than every GPU gives without being asked.
 template <typename Kernel>

@@ -166,14 +166,18 @@ struct LceForwardPlan {
   int64_t partials;  // that any number of rows may need
 };
 
-inline LceForwardPlan plan_lce_forward(const LossInputs& in, const DeviceLimits& limits) {
+// batch_invariant: sums of a token are in an order that depends on C alone.
+inline LceForwardPlan plan_lce_forward(const LossInputs& in, const DeviceLimits& limits,
+                                       bool batch_invariant = false) {
   LceForwardPlan plan{};
   plan.logits = plan_logits(in, limits);
   const int column_blocks = static_cast<int>(ceil_div(in.v, kLogitsColumns));
-  plan.splits = {column_blocks, limits.multiprocessors, kLogitsRows, plan.logits.cluster > 1};
+  const int fixed = batch_invariant ? std::min(column_blocks, kInvariantSplits) : 0;
+  plan.splits = {column_blocks, limits.multiprocessors, kLogitsRows, plan.logits.cluster > 1, fixed};
   // Fewer rows may have more units.
   plan.blocks = plan.logits.cluster * plan.logits.slots;
-  plan.partials = std::min(in.n * column_blocks, std::max(in.n, kMaxPartials));
+  plan.partials =
+      fixed != 0 ? in.n * fixed : std::min(in.n * column_blocks, std::max(in.n, kMaxPartials));
   return plan;
 }
 

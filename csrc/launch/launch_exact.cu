@@ -58,6 +58,7 @@ LaunchError launch_exact(const LceBackwardParams& p, const ExactScratch& scratch
     a.bias_stride = p.in.bias_stride;
     a.softcap = softcap_of(p.in);
     a.rows = static_cast<const GradientRow*>(p.rows);
+    a.scores = static_cast<const TokenScore*>(p.scores);
     a.largest = largest;
     a.threshold = static_cast<float>(scratch.threshold);
     a.log2_threshold = static_cast<float>(std::log2(scratch.threshold));

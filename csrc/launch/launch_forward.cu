@@ -4,6 +4,7 @@
 #include "kernels/live_rows.cuh"
 #include "kernels/lse.cuh"
 #include "kernels/lse_epilogue.cuh"
+#include "kernels/score_epilogue.cuh"
 #include "launch/arguments.cuh"
 #include "launch/launch.h"
 #include "launch/launch_forward_sm90.h"
@@ -19,9 +20,14 @@ LaunchError launch_lse(const LceForwardParams& p, const LceForwardPlan& plan, vo
 #endif
   return dispatch_16bit(p.in.dtype, [&](auto element) {
     using Element = decltype(element);
-    return launch_logits_sm80<Element, LseEpilogue<Element>>(
-        p.in, 0, p.in.v, plan.logits, plan.logits.schedule(p.in.n, p.in.v), live_rows_of(p), p.live_e,
-        plan.blocks, lse_arguments<Element>(p), stream);
+    const auto launch = [&](auto epilogue, const auto& arguments) {
+      using Epilogue = typename decltype(epilogue)::type;
+      return launch_logits_sm80<Element, Epilogue>(p.in, 0, p.in.v, plan.logits,
+                                                   plan.logits.schedule(p.in.n, p.in.v), live_rows_of(p),
+                                                   p.live_e, plan.blocks, arguments, stream);
+    };
+    return p.scored() ? launch(Type<ScoreEpilogue<Element>>{}, score_arguments<Element>(p))
+                      : launch(Type<LseEpilogue<Element>>{}, lse_arguments<Element>(p));
   });
 }
 
@@ -68,6 +74,20 @@ LaunchError launch_lce_forward(const LceForwardParams& p, const LceForwardPlan& 
   f.tiles = static_cast<int>(ceil_div(p.in.v, kTileColumns));
   const auto blocks = static_cast<unsigned>(ceil_div(p.in.n, kLseFinishThreads));
   lse_finish_kernel<<<blocks, kLseFinishThreads, 0, on>>>(f);
+  if (p.statistics != 0) {
+    ScoreFinishArguments s;
+    s.live = f.live;
+    s.partial = partial_scores_of(p);
+    s.partial_lse = p.partial_lse;
+    s.lse = p.lse;
+    s.targets = f.targets;
+    s.ignore_index = f.ignore_index;
+    s.stats = p.stats;
+    s.argmax = p.argmax;
+    s.n = p.in.n;
+    s.v = static_cast<int>(p.in.v);
+    score_finish_kernel<<<blocks, kLseFinishThreads, 0, on>>>(s);
+  }
   return cuda_error(cudaGetLastError());
 }
 

@@ -24,7 +24,13 @@ LaunchError launch_gradient_rows(const LceBackwardParams& p, int device, void* s
   a.lse = p.lse;
   a.targets = targets_of(p.in);
   a.ignore_index = p.in.ignore_index;
+  a.g_entropy = p.g_entropy;
+  a.g_entropy_stride = p.g_entropy_stride;
+  a.entropy = p.entropy;
+  a.scale = p.scale;
   a.rows = static_cast<GradientRow*>(p.rows);
+  static_assert(sizeof(TokenScore) == kTokenScoreBytes, "what the operator allocates");
+  a.scores = static_cast<TokenScore*>(p.scores);
   a.largest = &control->largest;
   a.n = static_cast<int>(p.in.n);
   a.v = p.in.v;

@@ -29,6 +29,7 @@ void enqueue_label_logits(const LabelLogitsParams& params, const LabelLogitsPlan
   a.target_stride = p.target_stride;
   a.ignore_index = p.ignore_index;
   a.softcap = static_cast<Accumulator>(p.softcap);
+  a.scale = static_cast<const Accumulator*>(params.scale);
   if (plan.vector_loads) {
     constexpr int kCount = kLabelLogitsVectorBytes / static_cast<int>(sizeof(Element));
     label_logits_kernel<Element, Accumulator, Index, kCount>

@@ -53,6 +53,7 @@ cudaError_t find_visits(const LceBackwardParams& p, const VisitsScratch& scratch
   if (error != cudaSuccess) return error;
   VisitMaskArguments<Element> m;
   m.rows = static_cast<const GradientRow*>(p.rows);
+  m.scores = static_cast<const TokenScore*>(p.scores);
   m.nll = p.nll;
   m.tile_map = static_cast<const uint16_t*>(scratch.tile_map);
   m.seed = scratch.seed;
@@ -67,7 +68,8 @@ cudaError_t find_visits(const LceBackwardParams& p, const VisitsScratch& scratch
   m.residual_stride = plan.layout.residual_stride;
   // A block writes 512 bytes of the mask: 2^31 blocks would be 1 TB of it.
   const int64_t mask_blocks = ceil_div(plan.layout.n, kChainTokens) * ceil_div(plan.tiles, kChainTiles);
-  visit_mask_kernel<Element><<<static_cast<unsigned>(mask_blocks), kMaskThreads, 0, on>>>(m);
+  const auto kernel = m.scores == nullptr ? visit_mask_kernel<Element, false> : visit_mask_kernel<Element, true>;
+  kernel<<<static_cast<unsigned>(mask_blocks), kMaskThreads, 0, on>>>(m);
 
   VisitPlanArguments s;
   s.layout = plan.layout;

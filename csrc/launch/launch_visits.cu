@@ -66,6 +66,7 @@ LaunchError launch(const LceBackwardParams& p, const VisitsScratch& scratch, con
   a.d = layout.d;
   a.stages = plan.stages;
   a.rows = static_cast<const GradientRow*>(p.rows);
+  a.scores = static_cast<const TokenScore*>(p.scores);
   a.nll = p.nll;
   a.tile_map = static_cast<const uint16_t*>(scratch.tile_map);
   a.mask = static_cast<const uint32_t*>(scratch.mask);

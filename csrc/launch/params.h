@@ -24,10 +24,18 @@ struct LossInputs {
 
 struct LabelLogitsParams {
   LossInputs in;
-  void* out;  // [n], contiguous: float, or double for double e
+  const void* scale;  // [n], contiguous, of out's dtype, or null: 1
+  void* out;          // [n], contiguous: float, or double for double e
 };
 
 constexpr int64_t kLiveCountBytes = 8;
+
+// What the forward finds of each token's softmax besides, and who asks for it: bits of the operator's stats.
+// The largest logit comes with its column.
+enum Statistic : int { kEntropy = 1, kLogSumSquares = 2, kMeanLogit = 4, kArgmax = 8 };
+constexpr int kStatistics = 4;  // rows of the output, in the bits' order: the last is the largest logit
+// Partial statistics of a run of columns, 4 bytes each: kStatistics, and the largest logit's column.
+constexpr int kPartialStatistics = kStatistics + 1;
 
 // Rows of e and c are multiples of 16 bytes apart, begin at one, and have d % 8 == 0 elements. All that is
 // written is contiguous.
@@ -38,10 +46,21 @@ struct LceForwardParams {
   void* live_count;     // scratch: LiveCount
   void* live_e;         // scratch: [n, d] of e's dtype
   float* partial_lse;   // scratch: the plan's partials
+  int64_t partials;     // how many
+  const float* scale;   // [n] contiguous, of the logits, or null: 1
   void* tile_map;       // [tiles, n] codes of 16 bits, or null
   float* nll;           // [n]
   float* lse;           // [n]
+  int statistics;       // bits of Statistic
+  float* partial_statistics;  // scratch: kPartialStatistics for each partial, where there are any
+  float* stats;               // [kStatistics, n], or null without any
+  int64_t* argmax;            // [n], or null without kArgmax
+
+  // Whether it takes more than the loss: kernels of their own.
+  bool scored() const { return scale != nullptr || statistics != 0; }
 };
+
+constexpr int64_t kTokenScoreBytes = 32;
 
 // As LceForwardParams; what a backward shares, whichever pairs it visits.
 struct LceBackwardParams {
@@ -51,7 +70,13 @@ struct LceBackwardParams {
   int64_t g_nll_stride, g_lse_stride;
   const float* nll;  // [n]
   const float* lse;  // [n]
-  void* rows;        // scratch: [n] GradientRow, 16 bytes each
+  // Of the entropy, where its gradient is given or logits are scaled; else null.
+  const float* g_entropy;  // [n] or null
+  int64_t g_entropy_stride;
+  const float* entropy;  // [n], contiguous, where g_entropy is given
+  const float* scale;    // [n] contiguous, of the logits, or null: 1
+  void* scores;          // scratch: [n] TokenScore, kTokenScoreBytes each, or null: neither is there
+  void* rows;            // scratch: [n] GradientRow, 16 bytes each
   void* control;     // scratch: VisitControl
   void* grad_e;      // [n, d] or null
   void* grad_c;      // [v, d] or null

@@ -59,6 +59,16 @@ void check_device(const char* op, const char* name, const Tensor& tensor, const 
             " must be on e's device, ", device_name(e), ", but is ", describe(tensor));
 }
 
+void check_scale(const char* op, const std::optional<Tensor>& scale, const Tensor& e) {
+  if (!scale) return;
+  const ScalarType dtype = e.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  CCE_CHECK(scale->dim() == 1 && scale->size(0) == e.size(0) && scale->scalar_type() == dtype &&
+                (scale->size(0) <= 1 || scale->stride(0) == 1),
+            op, "scale must be contiguous ", dtype_name(dtype), " [N] with N = ", e.size(0), ", but is ",
+            describe(*scale));
+  check_device(op, "scale", *scale, e);
+}
+
 Tensor with_contiguous_rows(const Tensor& tensor) {
   return tensor.size(1) <= 1 || tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
 }

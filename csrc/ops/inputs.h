@@ -22,6 +22,10 @@ void check_inputs(const char* op, const torch::stable::Tensor& e, const torch::s
 void check_device(const char* op, const char* name, const torch::stable::Tensor& tensor,
                   const torch::stable::Tensor& e);
 
+// Of the logits, a token each: of the sums' dtype.
+void check_scale(const char* op, const std::optional<torch::stable::Tensor>& scale,
+                 const torch::stable::Tensor& e);
+
 // The tensor itself where its last dimension is contiguous, whatever its row stride; else a contiguous copy.
 torch::stable::Tensor with_contiguous_rows(const torch::stable::Tensor& tensor);
 

@@ -114,11 +114,12 @@ Tensor unpadded(const Tensor& gradient, int64_t width) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> lce_backward(
-    const std::optional<Tensor>& g_nll, const std::optional<Tensor>& g_lse, const Tensor& e_in,
-    const Tensor& c_in, const std::optional<Tensor>& bias, const Tensor& targets, const Tensor& nll_in,
-    const Tensor& lse_in, const Tensor& tile_map_in, const std::optional<Tensor>& seed, int64_t ignore_index,
-    std::optional<double> softcap, const std::string& method, double eps, bool filter_e, bool filter_c,
-    bool need_e, bool need_c, bool need_bias) {
+    const std::optional<Tensor>& g_nll, const std::optional<Tensor>& g_lse,
+    const std::optional<Tensor>& g_entropy, const Tensor& e_in, const Tensor& c_in,
+    const std::optional<Tensor>& bias, const Tensor& targets, const Tensor& nll_in, const Tensor& lse_in,
+    const Tensor& tile_map_in, const std::optional<Tensor>& entropy_in, const std::optional<Tensor>& seed,
+    int64_t ignore_index, std::optional<double> softcap, const std::string& method, double eps, bool filter_e,
+    bool filter_c, bool need_e, bool need_c, bool need_bias, const std::optional<Tensor>& scale) {
   const DType dtype = dtype_of(kOp, e_in);
   check_inputs(kOp, e_in, c_in, bias, targets, softcap);
   const int64_t n = e_in.size(0), d = e_in.size(1), v = c_in.size(0);
@@ -129,6 +130,12 @@ std::tuple<Tensor, Tensor, Tensor> lce_backward(
   };
   if (g_nll) check_tokens(*g_nll, "g_nll");
   if (g_lse) check_tokens(*g_lse, "g_lse");
+  if (g_entropy) {
+    check_tokens(*g_entropy, "g_entropy");
+    CCE_CHECK(entropy_in, kOp, "entropy must be given with g_entropy, but is None");
+    check_tokens(*entropy_in, "entropy");
+  }
+  check_scale(kOp, scale, e_in);
   check_tokens(nll_in, "nll");
   check_tokens(lse_in, "lse");
   const bool sampled = method == "sampled", threshold = method == "threshold", exactly = method == "exact";
@@ -182,6 +189,18 @@ std::tuple<Tensor, Tensor, Tensor> lce_backward(
       params.g_lse = static_cast<const float*>(g_lse->const_data_ptr());
       params.g_lse_stride = g_lse->stride(0);
     }
+    std::optional<Tensor> entropy, scores;
+    if (g_entropy) {
+      entropy = torch::stable::contiguous(*entropy_in);
+      params.g_entropy = static_cast<const float*>(g_entropy->const_data_ptr());
+      params.g_entropy_stride = g_entropy->stride(0);
+      params.entropy = static_cast<const float*>(entropy->const_data_ptr());
+    }
+    if (scale) params.scale = static_cast<const float*>(scale->const_data_ptr());
+    if (g_entropy || scale) {
+      scores = new_empty(e, {n, kTokenScoreBytes}, ScalarType::Byte);
+      params.scores = scores->mutable_data_ptr();
+    }
     params.nll = static_cast<const float*>(nll.const_data_ptr());
     params.lse = static_cast<const float*>(lse.const_data_ptr());
     params.rows = rows.mutable_data_ptr();
@@ -213,7 +232,7 @@ std::tuple<Tensor, Tensor, Tensor> lce_backward(
 }
 
 void boxed(StableIValue* stack, uint64_t num_args, uint64_t num_outputs) {
-  sixteen_bit_or<TORCH_BOX(&lce_backward), 2>(CCE_OPERATOR("lce_backward_portable"), stack, num_args,
+  sixteen_bit_or<TORCH_BOX(&lce_backward), 3>(CCE_OPERATOR("lce_backward_portable"), stack, num_args,
                                               num_outputs);
 }
 

@@ -25,13 +25,17 @@ using torch::stable::Tensor;
 constexpr const char* kOp = CCE_OPERATOR("lce_forward: ");
 
 // The seed and the method say how the backward will visit; the forward is the same for all.
-std::tuple<Tensor, Tensor, Tensor> lce_forward(const Tensor& e_in, const Tensor& c_in,
-                                               const std::optional<Tensor>& bias, const Tensor& targets,
-                                               const std::optional<Tensor>&, int64_t ignore_index,
-                                               std::optional<double> softcap, const std::string&, double,
-                                               bool, bool, bool need_map) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lce_forward(
+    const Tensor& e_in, const Tensor& c_in, const std::optional<Tensor>& bias, const Tensor& targets,
+    const std::optional<Tensor>&, int64_t ignore_index, std::optional<double> softcap, const std::string&,
+    double, bool, bool, bool need_map, const std::optional<Tensor>& scale, int64_t statistics,
+    bool batch_invariant) {
   const DType dtype = dtype_of(kOp, e_in);
   check_inputs(kOp, e_in, c_in, bias, targets, softcap);
+  check_scale(kOp, scale, e_in);
+  constexpr int64_t kAll = kEntropy | kLogSumSquares | kMeanLogit | kArgmax;
+  CCE_CHECK(statistics >= 0 && statistics <= kAll, kOp, "stats must be in [0, ", kAll, "], but is ",
+            statistics);
   const CudaScope scope(e_in);
   const int64_t n = e_in.size(0), v = c_in.size(0);
   const int64_t tiles = ceil_div(v, kTileColumns);
@@ -39,17 +43,26 @@ std::tuple<Tensor, Tensor, Tensor> lce_forward(const Tensor& e_in, const Tensor&
   const Tensor lse = new_empty(e_in, {n}, ScalarType::Float);
   const Tensor tile_map =
       need_map ? new_empty(e_in, {tiles, n}, ScalarType::Short) : new_empty(e_in, {0, 0}, ScalarType::Short);
-  if (n == 0) return {nll, lse, tile_map};
+  const bool any = statistics != 0;
+  const Tensor stats =
+      new_empty(e_in, {any ? kStatistics : 0, any ? n : 0}, ScalarType::Float);
+  const Tensor argmax = new_empty(e_in, {(statistics & kArgmax) != 0 ? n : 0}, ScalarType::Long);
+  if (n == 0) return {nll, lse, tile_map, stats, argmax};
 
   const Tensor e = with_vector_rows(e_in);
   const Tensor c = with_vector_rows(c_in);
   const LossInputs in = loss_inputs(dtype, e, c, bias, targets, ignore_index, softcap);
-  const LceForwardPlan plan = plan_lce_forward(in, device_limits(kOp, e));
+  const LceForwardPlan plan = plan_lce_forward(in, device_limits(kOp, e), batch_invariant);
   LceForwardParams params{};
   params.in = in;
   params.tile_map = need_map ? tile_map.mutable_data_ptr() : nullptr;
   params.nll = static_cast<float*>(nll.mutable_data_ptr());
   params.lse = static_cast<float*>(lse.mutable_data_ptr());
+  params.scale = scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr;
+  params.statistics = static_cast<int>(statistics);
+  params.partials = plan.partials;
+  if (any) params.stats = static_cast<float*>(stats.mutable_data_ptr());
+  if ((statistics & kArgmax) != 0) params.argmax = static_cast<int64_t*>(argmax.mutable_data_ptr());
   constexpr int64_t word = Workspace::kWord;
   Workspace space;
   space.add(params.label_logits, n * word);
@@ -57,11 +70,12 @@ std::tuple<Tensor, Tensor, Tensor> lce_forward(const Tensor& e_in, const Tensor&
   space.add(params.live_count, kLiveCountBytes);
   space.add(params.live_e, n * in.d * Workspace::kElement);
   space.add(params.partial_lse, plan.partials * word);
+  if (any) space.add(params.partial_statistics, kPartialStatistics * plan.partials * word);
   const Tensor memory = space.allocate(e);
-  const LabelLogitsParams label = {in, params.label_logits};
+  const LabelLogitsParams label = {in, params.scale, params.label_logits};
   check_launch(kOp, launch_label_logits(label, scope.device(), scope.stream()), e);
   check_launch(kOp, launch_lce_forward(params, plan, scope.device(), scope.stream()), e);
-  return {nll, lse, tile_map};
+  return {nll, lse, tile_map, stats, argmax};
 }
 
 void boxed(StableIValue* stack, uint64_t num_args, uint64_t num_outputs) {

@@ -17,9 +17,8 @@ struct alignas(16) GradientRow {
   int label;   // -1: none
 
   __device__ __forceinline__ bool live() const { return a != 0.0f || b != 0.0f; }
-  __device__ __forceinline__ float log2_probability(float z) const { return fmaf(z, kLog2E, -lse2); }
   __device__ __forceinline__ float probability(float z) const {
-    return ptx::exp2_approx(log2_probability(z));
+    return ptx::exp2_approx(fmaf(z, kLog2E, -lse2));
   }
 };
 

@@ -61,12 +61,13 @@ struct VisitRate {
   // The probability of a visit: norm * rate, at most 1, and never 0: the gradient is unbiased for any
   // probability above 0. The floor bounds the weight 1/q. Where the code says only "this or more", no less
   // than an even share, so that the weights stay small. A NaN is visited so that it shows.
-  CCE_HOST_DEVICE float probability(const TileShare& share) const {
+  // factor: 1 for the loss.
+  CCE_HOST_DEVICE float probability(const TileShare& share, float factor = 1.0f) const {
     constexpr float kFloor = 0x1p-24f;
 #if defined(__CUDA_ARCH__)
-    float q = exp2f(share.log2_norm + log2_rate);
+    float q = exp2f(share.log2_norm + log2_rate) * factor;
 #else
-    float q = std::exp2(share.log2_norm + log2_rate);
+    float q = std::exp2(share.log2_norm + log2_rate) * factor;
 #endif
     if (!(q < 1.0f)) return 1.0f;
     if (share.above && q < even_share) q = even_share;
