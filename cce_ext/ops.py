@@ -80,6 +80,8 @@ def _lce_forward(
     # The operator where it has a kernel of its own; elsewhere it would only be a longer way to the same function.
     of_labels = ops.label_logits if HAS_CUDA and e.is_cuda else label_logits
     given: dict[str, Any] = {"ignore_index": options.ignore_index, "softcap": options.softcap, "scale": options.scale}
+    if of_labels is label_logits:
+        given["batch_invariant"] = batch_invariant
     label = of_labels(e, c, bias, targets, **given)
     return portable.lce_forward(
         *(e, c, bias, targets, label),
