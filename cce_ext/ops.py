@@ -247,9 +247,9 @@ _library.impl("lce_forward_portable", _lce_forward, "CompositeExplicitAutograd")
 _library.impl("lce_backward_portable", _lce_backward, "CompositeExplicitAutograd")
 
 
-def register_composite(kernel: Callable[..., Tensor]) -> None:
-    """Make kernel the implementation of cce::linear_cross_entropy, for every device and under every transform."""
-    _library.impl("linear_cross_entropy", kernel, "CompositeImplicitAutograd")
+def register_composite(name: str, kernel: Callable[..., Any]) -> None:
+    """Make kernel the implementation of an operator made of others, for every device and under every transform."""
+    _library.impl(name, kernel, "CompositeImplicitAutograd")
 
 
 def refuse_cuda(*args: Any, **kwargs: Any) -> NoReturn:
