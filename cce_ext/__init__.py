@@ -2,6 +2,7 @@
 
 from . import layers  # kernels looks for layers here
 from .api import LinearCrossEntropy, linear_cross_entropy
+from .logprobs import LogProbs, linear_logprobs
 from .ops import HAS_CUDA
 from .options import IMPLS, LinearCrossEntropyImpl
 from .reduction import compute_z_loss
@@ -14,9 +15,11 @@ __all__ = [
     "IMPLS",
     "LinearCrossEntropy",
     "LinearCrossEntropyImpl",
+    "LogProbs",
     "VocabParallelOptions",
     "__version__",
     "compute_z_loss",
     "layers",
     "linear_cross_entropy",
+    "linear_logprobs",
 ]

@@ -11,39 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from . import reference, smoothing, vocab_parallel
+from . import smoothing
 from ._ops import ops
-from .autograd import lce_forward
-from .ops import autocast_inputs, register_composite
+from .calls import outputs_of, prepare
+from .ops import register_composite
 from .options import (
     DENSE,
     FilterEps,
     LossOptions,
     Options,
-    check_generator,
-    check_inputs,
     check_label_smoothing,
     check_reduction,
-    check_shift,
     check_softcap,
-    check_target_range,
-    check_tensors,
-    check_transforms,
-    check_weight,
-    is_a,
-    may_look_at,
-    may_need_seed,
-    resolve_method,
-    unwrapped,
 )
-from .reduction import is_dtensor, reduce_tokens
+from .reduction import reduce_tokens
 from .vocab_parallel import VocabParallelOptions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-# One int64 holds all the randomness of a call; 2^63 - 1 is the widest range torch.randint takes.
-_SEEDS = 2**63 - 1
 
 
 @overload
@@ -257,113 +242,32 @@ def _loss_and_lse(
     e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
     """The second is the lse in its shape only with return_lse."""
-    ignore_index, softcap, impl = options.ignore_index, options.softcap, options.impl
-    weight, smoothes = options.weight, bool(options.label_smoothing)
-    check_tensors(e, c, targets, bias)
-    if not is_a(ignore_index, "__index__"):
-        raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
-    # localize's from_local makes DTensors of what each rank has of the results.
-    shard, from_local, seed_salt = None, None, 0
-    if options.vocab_parallel_options is not None:
-        shard = vocab_parallel.shard_of(options.vocab_parallel_options)
-        seed_salt = shard.start
-    if any(is_dtensor(x) for x in (e, c, targets, bias)):
-        if shard is not None:
-            raise ValueError("vocab_parallel_options: expected None where e, c or targets are DTensors, which say it")
-        from .distributed import localize
-
-        local = localize(e, c, targets, bias, weight, int(options.shift))
-        e, c, targets, bias, shard, from_local, seed_salt, weight = local
-
-    e, c, bias = autocast_inputs(e, c, bias)
-    check_inputs(e, c, targets, bias)
+    softcap, s = options.softcap, options.label_smoothing
     check_reduction(options.reduction, options.mean_group)
-    check_generator(options.generator, e.device)
     check_softcap(softcap)
-    check_label_smoothing(options.label_smoothing, softcap)
-    check_weight(weight, c)
-    if shard is not None:
-        more = smoothing.shared_numbers(targets.numel(), weight, options.label_smoothing)
-        vocab_parallel.check_rows(shard, c, targets, more)
-    shift = check_shift(options.shift, targets)
-    if shift:
-        # e is not cut: the last positions have no label left, which is what ignore_index says.
-        targets = nn.functional.pad(targets[..., shift:], (0, shift), value=ignore_index)
-    shape = targets.shape
-    rows, labels = (e, targets) if targets.dim() == 1 else (e.reshape(-1, e.shape[-1]), targets.reshape(-1))
-
-    # The operators of the CPU look by themselves; those of CUDA could not raise an IndexError.
-    looks = shard is None and (impl in DENSE or labels.device.type != "cpu")
-    if looks and not torch.compiler.is_compiling() and may_look_at(labels):
-        check_target_range(unwrapped(labels).flatten(), len(c), ignore_index)
-    may_train = any(x is not None and unwrapped(x).requires_grad for x in (e, c, bias))
-    counts: Any = labels != ignore_index if weight is not None or smoothes else None
+    check_label_smoothing(s, softcap)
+    call = prepare(e, c, targets, bias, options, shared_numbers=functools.partial(smoothing.shared_numbers, s=s))
+    weight, labels, ignore_index = call.weight, call.labels, options.ignore_index
+    counts: Any = labels != ignore_index if weight is not None or s else None
     logits = None
-    if shard is not None:
-        rows = vocab_parallel.shared(shard, rows)
-    if smoothes:
-        rows, c, logits = smoothing.with_weighted_logits(rows, c, bias, weight, counts, impl in DENSE)
-    if impl in DENSE:
-        dense = reference.forward if impl == "reference" else _compiled_reference()
-        if shard is not None:
-            dense = functools.partial(vocab_parallel.dense_forward, shard, dense)
-        nll, lse = dense(rows, c, bias, labels, ignore_index, softcap)
-    else:
-        check_transforms()
-        method = resolve_method(options, e.dtype)
-        trains = may_train and torch.is_grad_enabled()
-        seed = None
-        if method.draws and may_need_seed(may_train):
-            # Without a gradient too: reentrant checkpointing runs the forward so first, then again from the generator's
-            # state of before. It is this draw that leaves the next step another state.
-            # Ranks that are seeded alike, as tensor-parallel ones are, must not draw the same visits of their shards,
-            # nor those of a mean_group the same of their tokens.
-            if options.mean_group is not None:
-                seed_salt ^= dist.get_rank(options.mean_group) << 32
-            seed = torch.randint(_SEEDS, (1,), generator=options.generator, device=e.device)
-            if seed_salt:
-                seed = seed ^ seed_salt
-        forward: Callable[..., Any] = lce_forward
-        if shard is not None:
-            forward = functools.partial(vocab_parallel.lce_forward, shard)
-        nll, lse, *_ = forward(
-            rows,
-            c,
-            bias,
-            labels,
-            seed,
-            ignore_index=ignore_index,
-            softcap=softcap,
-            need_map=trains and method.needs_map,
-            **method.keywords(),
-        )
-    if weight is not None or smoothes:
-        given = (weight, options.label_smoothing, len(c), shard)
-        nll, counts = smoothing.smoothed(nll, lse, logits, labels, counts, *given)
-
-    def of_positions(x: Tensor) -> Tensor:
-        """[.., T - shift], on all ranks of a DTensor's, of x [N]."""
-        x = x.reshape(shape)
-        if shift:
-            x = x[..., :-shift]
-        return x if from_local is None else from_local(x)
+    if s:
+        dense = options.impl in DENSE
+        rows, classes, logits = smoothing.with_weighted_logits(call.e, call.c, call.bias, weight, counts, dense)
+        call = call._replace(e=rows, c=classes)
+    nll, lse, *_ = outputs_of(call, options, softcap=softcap)
+    if weight is not None or s:
+        nll, counts = smoothing.smoothed(nll, lse, logits, labels, counts, weight, s, len(call.c), call.shard)
 
     if options.return_lse:
-        lse = of_positions(lse)
+        lse = call.of_positions(lse)
     if options.reduction != "mean":
         counts = None
     elif counts is None:
         counts = labels != ignore_index
     # A sum over plain tensors asks for no shape, and what shift leaves without a label adds 0 to it.
-    if options.reduction == "none" or from_local is not None:
-        nll, counts = of_positions(nll), None if counts is None else of_positions(counts)
+    if options.reduction == "none" or call.from_local is not None:
+        nll, counts = call.of_positions(nll), None if counts is None else call.of_positions(counts)
     return reduce_tokens(nll, counts, options.reduction, options.mean_group), lse
-
-
-@functools.cache
-def _compiled_reference() -> Callable[..., tuple[Tensor, Tensor]]:
-    compiled: Callable[..., tuple[Tensor, Tensor]] = torch.compile(reference.forward, dynamic=None)
-    return compiled
 
 
 _OPERATOR_OPTIONS = [x.name for x in ops.linear_cross_entropy.default._schema.arguments][4:]
@@ -380,4 +284,4 @@ def _operator(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None,
     return _loss_and_lse(e, c, targets, bias, Options(**given))[0]
 
 
-register_composite(_operator)
+register_composite("linear_cross_entropy", _operator)

@@ -70,7 +70,7 @@ def lce_forward(
 
 
 # Of lce_forward alone.
-_OF_FORWARD = ("need_map", "stats", "batch_invariant")
+OF_FORWARD = ("need_map", "stats", "batch_invariant")
 
 
 class _LceForward(torch.autograd.Function):
@@ -95,7 +95,7 @@ class _LceForward(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         stats = out.stats if has_entropy else None
         ctx.save_for_backward(e, c, bias, targets, out.nll, out.lse, out.tile_map, stats, seed, scale)
-        ctx.options = {name: value for name, value in options.items() if name not in _OF_FORWARD}
+        ctx.options = {name: value for name, value in options.items() if name not in OF_FORWARD}
         return tuple(out)
 
     @staticmethod

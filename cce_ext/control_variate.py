@@ -14,19 +14,41 @@ import torch
 from torch import Tensor
 
 from .classifier import Classifier, block_logits, row_blocks
-from .sampling import TILE_COLUMNS, TileShare, num_tiles, tile_masses
+from .sampling import TILE_COLUMNS, OfEntropy, TileShare, num_tiles, tile_masses
+from .tile_sums import LOWEST_LOG
 
 
 def remainders(
-    a: Tensor, live: Tensor, lse: Tensor, share: TileShare, softcap: float | None, visited: Tensor, q: Tensor
+    a: Tensor,
+    live: Tensor,
+    lse: Tensor,
+    share: TileShare,
+    softcap: float | None,
+    visited: Tensor,
+    q: Tensor,
+    of_entropy: OfEntropy | None = None,
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """a m (1 - w) [T, N]: tokens' parts in their tiles by the masses m, less what visits of weight w = 1/q take off."""
+    """(a - h (l + H)) m (1 - w) [T, N]: tokens' parts in their tiles by the masses m, less what visits take off.
+
+    w = 1/q where a pair is visited. l = log(n^2 / m), n being the norm: log p if all of a tile's p that are not 0 are
+    the same. scale: [N] of the logits, or None for 1.
+    """
     mass = tile_masses(share).to(a.dtype)
+    weight = a
+    if of_entropy is not None:
+        log_p = (2.0 * share.log2_norm - share.log2_mass).mul_(math.log(2.0)).nan_to_num_(nan=0.0)
+        # What the map says is not finite where a loss is not: that shows in the visits.
+        log_p = log_p.to(a.dtype).clamp_(min=LOWEST_LOG)
+        weight = a - (log_p + of_entropy.entropy).mul_(of_entropy.gradient)
     if softcap is not None:
         # The softcap's slope at the logit that the tile would have if one column were all of its norm.
-        z = (lse + share.log2_norm * math.log(2.0)).clamp_(-softcap, softcap)
+        z = lse + share.log2_norm * math.log(2.0)
+        z = (z if scale is None else z.div_(scale)).clamp_(-softcap, softcap)
         mass *= 1.0 - z.div_(softcap).square_()
-    return mass.mul_(a).mul_(1.0 - visited / q.to(a.dtype)).masked_fill_(~live, 0.0)
+    if scale is not None:
+        mass *= scale
+    return mass.mul_(weight).mul_(1.0 - visited / q.to(a.dtype)).masked_fill_(~live, 0.0)
 
 
 class ControlVariate:
@@ -56,7 +78,7 @@ class ControlVariate:
             cols, bias = self.classifier.columns(t * TILE_COLUMNS, min(min(t + step, t1) * TILE_COLUMNS, len(c)))
             tiles = slice(t - t0, t - t0 + num_tiles(len(cols)))
             z = softmax[tiles]
-            self.classifier.logits(mean, cols, bias, out=z.view(1, -1)[:, : len(cols)])
+            self.classifier.logits(mean, cols, bias, None, out=z.view(1, -1)[:, : len(cols)])
             nowhere = z.amax(1, keepdim=True) == -float("inf")
             z.copy_(z.softmax(1).masked_fill_(nowhere, 0.0))
             if len(cols) % TILE_COLUMNS:

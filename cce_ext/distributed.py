@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from .options import check_weight
+from .options import NAMES, Names, check_weight
 from .vocab_parallel import VocabParallelOptions, VocabShard, even_rows
 
 __all__ = ["LossParallel", "VocabParallelOptions"]
@@ -78,36 +78,49 @@ class Local(NamedTuple):
     from_local: Callable[[Tensor], DTensor]
     seed_salt: int
     weight: Tensor | None
+    temperature: Tensor | None
 
 
-def localize(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, weight: Tensor | None, shift: int) -> Local:
+def localize(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    shift: int,
+    temperature: Tensor | None = None,
+    names: Names = NAMES,
+) -> Local:
     """This rank's part of the loss of DTensors e [.., D], c [V, D], targets [..], bias [V] and class weights [V].
+
+    temperature: of the targets' shape, or one number.
 
     Over a mesh dimension where c is Shard(0) the loss is vocabulary-parallel, and e and targets are gathered if they
     are sharded. Where c is Replicate, tokens stay where e has them. Raises ValueError for what is neither.
     """
     if not isinstance(c, DTensor) or not isinstance(e, DTensor):
-        raise ValueError(_mixed(e, c))
+        raise ValueError(_mixed(e, c, names))
     mesh = c.device_mesh
-    for name, x in (("e", e), ("targets", targets), ("bias", bias), ("weight", weight)):
+    given = ((names.e, e), ("targets", targets), ("bias", bias), ("weight", weight), ("temperature", temperature))
+    for name, x in given:
         if isinstance(x, DTensor) and x.device_mesh != mesh:
-            raise ValueError(f"{name}: expected a DTensor on c's mesh {mesh}, got one on {x.device_mesh}")
+            raise ValueError(f"{name}: expected a DTensor on {names.c}'s mesh {mesh}, got one on {x.device_mesh}")
     if bias is not None and not isinstance(bias, DTensor):
-        raise ValueError("bias: expected a DTensor like c, got a plain tensor")
+        raise ValueError(f"bias: expected a DTensor like {names.c}, got a plain tensor")
 
     dims = range(mesh.ndim)
     vocab = [m for m in dims if _is_shard(c.placements[m], [0])]
     if len(vocab) > 1 or not all(m in vocab or c.placements[m].is_replicate() for m in dims):
         raise ValueError(
-            f"c: expected Shard(0) over one mesh dimension at most and Replicate over the others, got {c.placements}; "
-            "the parameter of a module under fully_shard is whole in that module's forward: compute the loss there, or "
-            "redistribute c"
+            f"{names.c}: expected Shard(0) over one mesh dimension at most and Replicate over the others, got "
+            f"{c.placements}; the parameter of a module under fully_shard is whole in that module's forward: compute "
+            f"the loss there, or redistribute {names.c}"
         )
     token_dims = range(e.ndim - 1)
-    for name, x in (("e", e), ("targets", targets)):
-        given = x.placements if isinstance(x, DTensor) else ()
-        if not all(p.is_replicate() or _is_shard(p, range(x.ndim)) for p in given):
-            raise ValueError(f"{name}: expected Replicate or Shard, got {given}; redistribute it first")
+    for name, x in ((names.e, e), ("targets", targets), ("temperature", temperature)):
+        placements = x.placements if isinstance(x, DTensor) else ()
+        if not all(p.is_replicate() or _is_shard(p, range(e.ndim)) for p in placements):
+            raise ValueError(f"{name}: expected Replicate or Shard, got {placements}; redistribute it first")
 
     tokens = tuple(
         p if m not in vocab and _is_shard(p, token_dims) else Replicate() for m, p in enumerate(e.placements)
@@ -116,7 +129,7 @@ def localize(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, weight:
     if not isinstance(targets, DTensor):
         if split:
             raise ValueError(
-                f"targets: expected a DTensor where e is sharded over tokens ({e.placements}), got a tensor"
+                f"targets: expected a DTensor where {names.e} is sharded over tokens ({e.placements}), got a tensor"
             )
         targets = DTensor.from_local(targets, mesh, tokens, run_check=False)
     if shift and any(_is_shard(tokens[m], [e.ndim - 2]) for m in split):
@@ -128,6 +141,9 @@ def localize(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, weight:
     if weight is not None:
         check_weight(weight, c)
         weight = weight.redistribute(mesh, c.placements) if isinstance(weight, DTensor) else like(c, weight)
+
+    if temperature is not None:
+        temperature = _temperature(temperature, targets, tokens)
 
     shape = targets.shape
     targets = targets.redistribute(placements=tokens)
@@ -153,7 +169,19 @@ def localize(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, weight:
         from_local,
         seed_salt=part * len(c) + (0 if shard is None else shard.start),
         weight=weight.to_local() if isinstance(weight, DTensor) else None,
+        temperature=temperature,
     )
+
+
+def _temperature(temperature: Tensor, targets: DTensor, tokens: tuple[Placement, ...]) -> Tensor:
+    """This rank's part of one that has the targets' shape, which if plain is the whole; or the one number."""
+    if not isinstance(temperature, DTensor):
+        if temperature.shape != targets.shape or temperature.numel() == 1:
+            return temperature  # what has another shape is refused for it
+        mesh = targets.device_mesh
+        temperature = DTensor.from_local(temperature, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    placements = tokens if temperature.shape == targets.shape else [Replicate()] * len(tokens)
+    return temperature.redistribute(placements=placements).to_local()
 
 
 def replicated(x: Tensor) -> Tensor:
@@ -189,11 +217,15 @@ def _vocab_shard(c: DTensor, mesh: DeviceMesh, vocab: int) -> VocabShard:
     )
 
 
-def _mixed(e: Tensor, c: Tensor) -> str:
+def _mixed(e: Tensor, c: Tensor, names: Names) -> str:
     if isinstance(e, DTensor):
-        return f"c: expected a DTensor on e's mesh {e.device_mesh}, got a plain tensor; wrap it by DTensor.from_local"
+        return (
+            f"{names.c}: expected a DTensor on {names.e}'s mesh {e.device_mesh}, got a plain tensor; wrap it by "
+            "DTensor.from_local"
+        )
     return (
-        f"e: expected a DTensor on c's mesh, got a plain tensor for a c of {getattr(c, 'placements', None)}. If "
-        "fully_shard has sharded c, compute the loss in the forward of the module that owns it, where it is whole. If "
-        "c is vocabulary-parallel, wrap e by DTensor.from_local, or give c.to_local() and vocab_parallel_options"
+        f"{names.e}: expected a DTensor on {names.c}'s mesh, got a plain tensor for a {names.c} of "
+        f"{getattr(c, 'placements', None)}. If fully_shard has sharded {names.c}, compute the loss in the forward of "
+        f"the module that owns it, where it is whole. If {names.c} is vocabulary-parallel, wrap {names.e} by "
+        f"DTensor.from_local, or give {names.c}.to_local() and vocab_parallel_options"
     )

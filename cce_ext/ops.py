@@ -80,6 +80,8 @@ def _lce_forward(
     # The operator where it has a kernel of its own; elsewhere it would only be a longer way to the same function.
     of_labels = ops.label_logits if HAS_CUDA and e.is_cuda else label_logits
     given: dict[str, Any] = {"ignore_index": options.ignore_index, "softcap": options.softcap, "scale": options.scale}
+    if of_labels is label_logits:
+        given["batch_invariant"] = batch_invariant
     label = of_labels(e, c, bias, targets, **given)
     return portable.lce_forward(
         *(e, c, bias, targets, label),
@@ -245,9 +247,9 @@ _library.impl("lce_forward_portable", _lce_forward, "CompositeExplicitAutograd")
 _library.impl("lce_backward_portable", _lce_backward, "CompositeExplicitAutograd")
 
 
-def register_composite(kernel: Callable[..., Tensor]) -> None:
-    """Make kernel the implementation of cce::linear_cross_entropy, for every device and under every transform."""
-    _library.impl("linear_cross_entropy", kernel, "CompositeImplicitAutograd")
+def register_composite(name: str, kernel: Callable[..., Any]) -> None:
+    """Make kernel the implementation of an operator made of others, for every device and under every transform."""
+    _library.impl(name, kernel, "CompositeImplicitAutograd")
 
 
 def refuse_cuda(*args: Any, **kwargs: Any) -> NoReturn:

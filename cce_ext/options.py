@@ -19,6 +19,16 @@ from torch.autograd.forward_ad import _is_fwd_grad_enabled, unpack_dual
 if TYPE_CHECKING:
     from .vocab_parallel import VocabParallelOptions
 
+
+class Names(NamedTuple):
+    """What a function's users know its embeddings and its classifier by, in errors."""
+
+    e: str = "e"
+    c: str = "c"
+
+
+NAMES = Names()
+
 FilterEps = float | Literal["auto", "high"] | None
 
 DEFAULT_SAMPLING_EPS = 2.0**-8
@@ -340,9 +350,9 @@ def is_a(x: object, conversion: str) -> bool:
     return torch.compiler.is_compiling() or hasattr(x, conversion)
 
 
-def check_tensors(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+def check_tensors(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, names: Names = NAMES) -> None:
     """Raises TypeError for an argument that is no tensor: what all else is asked of them as."""
-    for name, x in (("e", e), ("c", c), ("targets", targets), ("bias", bias)):
+    for name, x in ((names.e, e), (names.c, c), ("targets", targets), ("bias", bias)):
         if name != "bias" or x is not None:
             check_tensor(name, x)
 
@@ -354,39 +364,42 @@ def check_tensor(name: str, x: object) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}{hint}")
 
 
-def check_inputs(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None) -> None:
+def check_inputs(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, names: Names = NAMES) -> None:
     """e [.., D], c [V, D], targets [..], bias [V]: shapes, dtypes and devices that belong together.
 
     Raises TypeError for a dtype, ValueError for a shape or a device.
     """
-    for name, x in (("e", e), ("c", c), ("bias", bias)):
+    for name, x in ((names.e, e), (names.c, c), ("bias", bias)):
         if x is not None and x.dtype not in _DTYPES:
             raise TypeError(f"{name}: expected a tensor of bf16, fp16, fp32 or fp64, got {x.dtype}")
     if targets.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"targets: expected int64 or int32, got {targets.dtype}")
-    for name, x in (("c", c), ("bias", bias)):
+    for name, x in ((names.c, c), ("bias", bias)):
         if x is not None and x.dtype != e.dtype:
-            raise TypeError(f"{name}: expected {e.dtype} like e, got {x.dtype} (autocast casts e, c and bias)")
+            raise TypeError(
+                f"{name}: expected {e.dtype} like {names.e}, got {x.dtype} (autocast casts {names.e}, {names.c} and "
+                "bias)"
+            )
 
     if e.dim() < 1:
-        raise ValueError("e: expected [.., D], got a tensor without dimensions")
+        raise ValueError(f"{names.e}: expected [.., D], got a tensor without dimensions")
     if e.shape[-1] == 0:
-        raise ValueError(f"e: expected [.., D] with D >= 1, got {_shape(e)}")
+        raise ValueError(f"{names.e}: expected [.., D] with D >= 1, got {_shape(e)}")
     if c.dim() != 2 or c.shape[1] != e.shape[-1]:
         raise ValueError(
-            f"c: expected [V, {e.shape[-1]}] for e of shape {_shape(e)}, got {_shape(c)}"
+            f"{names.c}: expected [V, {e.shape[-1]}] for {names.e} of shape {_shape(e)}, got {_shape(c)}"
             + (_EMPTY if c.numel() == 0 and c.dim() < 2 else "")
         )
     if targets.shape != e.shape[:-1]:
         raise ValueError(
-            f"targets: expected shape {list(e.shape[:-1])} for e of shape {_shape(e)}, got {_shape(targets)}"
+            f"targets: expected shape {list(e.shape[:-1])} for {names.e} of shape {_shape(e)}, got {_shape(targets)}"
         )
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != c.shape[0]):
-        raise ValueError(f"bias: expected [{c.shape[0]}] for c of shape {_shape(c)}, got {_shape(bias)}")
+        raise ValueError(f"bias: expected [{c.shape[0]}] for {names.c} of shape {_shape(c)}, got {_shape(bias)}")
 
-    for name, x in (("c", c), ("targets", targets), ("bias", bias)):
+    for name, x in ((names.c, c), ("targets", targets), ("bias", bias)):
         if x is not None and x.device != e.device:
-            raise ValueError(f"{name}: expected {e.device} like e, got {x.device}")
+            raise ValueError(f"{name}: expected {e.device} like {names.e}, got {x.device}")
 
 
 def check_shift(shift: int, targets: Tensor) -> int:

@@ -81,13 +81,49 @@ def even_share(eps: float, tiles: int) -> float:
     return min(1.0, (1.0 / eps - 1.0) / max(1, tiles))
 
 
-def visit_probabilities(share: TileShare, log2_rate: float, even_share: float) -> Tensor:
+class OfEntropy(NamedTuple):
+    """What the gradient of tokens' entropies takes, each [N]."""
+
+    gradient: Tensor  # what comes back of each
+    entropy: Tensor  # in nats
+
+
+class Steepness(NamedTuple):
+    """How much of a token's visits falls where its p are, and how much where log p is far from its mean, [N] fp32."""
+
+    even: Tensor
+    steep: Tensor
+    entropy: Tensor
+
+
+def steepness_of(a: Tensor, of: OfEntropy) -> Steepness:
+    """a: [N]. The shares are those of |a| and of the entropy's gradient h in the bound |a| + |h| (2 H + 1/e).
+
+    Where that is 0 or not finite, all falls where the p are.
+    """
+    a, h, entropy = a.float().abs(), of.gradient.float().abs(), of.entropy.float()
+    bound = a + h * (2.0 * entropy + 1.0 / math.e)
+    known = bound.isfinite() & (bound != 0)
+    even = torch.where(known, (a + h * (1.0 / math.e)) / bound, 1.0)
+    return Steepness(even, torch.where(known, h / bound, 0.0), entropy)
+
+
+def visit_probabilities(
+    share: TileShare, log2_rate: float, even_share: float, steepness: Steepness | None = None
+) -> Tensor:
     """q = min(1, norm * rate), floored so that no pair is out of reach: that, not the map, keeps it unbiased.
+
+    With a gradient of the entropy it is norm * rate * (even + steep * |log norm + H|), whose sum over a token's tiles
+    is at most rate as well, and which bounds each weighed entry of dz: docs/logprobs.md.
 
     A tile of which the map says only "this or more" has its even share at least. A NaN (a map or a loss that is not
     finite) is visited.
     """
     q = torch.exp2(share.log2_norm + log2_rate)
+    if steepness is not None:
+        far = (share.log2_norm * math.log(2.0) + steepness.entropy).abs_()
+        # A norm of 0 has a logarithm that is not finite.
+        q *= steepness.even + torch.where(steepness.steep != 0, far * steepness.steep, 0.0)
     q = torch.where(share.above, q.clamp(min=even_share), q)
     return q.clamp_(MIN_PROBABILITY, 1.0).nan_to_num_(nan=1.0)
 

@@ -15,11 +15,23 @@ from torch import Tensor
 from torch import distributed as dist
 
 from ._ops import ops
-from .autograd import gradients
-from .options import may_look_at
+from .autograd import OF_FORWARD, gradients
+from .options import (
+    ENTROPY,
+    LOG_SUM_SQ_PROBS,
+    MAXIMUM,
+    MEAN_LOGITS,
+    NAMES,
+    STATS_ROWS,
+    Names,
+    may_look_at,
+)
 
 # What a shard's kernels know an ignored token by: the caller's ignore_index, less start, could be one of its rows.
 _IGNORED = -1
+
+# A column's number is told as how many times this and how much more.
+_COLUMNS = 4096
 
 
 @dataclass(frozen=True)
@@ -103,21 +115,26 @@ def shard_of(options: VocabParallelOptions) -> VocabShard:
     )
 
 
-def check_rows(shard: VocabShard, c: Tensor, targets: Tensor, more: int) -> None:
+def check_rows(
+    shard: VocabShard, c: Tensor, targets: Tensor, more: int = 0, stats: int = 0, names: Names = NAMES
+) -> None:
     """Raises ValueError where c does not have as many rows as the shard.
 
-    The other ranks wait in the collective of this call: they are told there, and do not wait for ever. more: how many
-    numbers sum_over_ranks is to add up afterwards, where those who do not look at what they are told wait again.
+    The other ranks wait in the collective of this call, which has these stats: they are told there, and do not wait for
+    ever. more: how many numbers sum_over_ranks is to add up afterwards, where those who do not look at what they are
+    told wait again.
     """
     if len(c) == shard.stop - shard.start:
         return
     if not torch.compiler.is_compiling():
-        refusal = torch.tensor([-float("inf"), float("inf")], dtype=torch.promote_types(c.dtype, torch.float32))
-        all_gather(refusal.to(c.device)[:, None].repeat(1, targets.numel()), shard.ranks, shard.group)
+        dtype = torch.promote_types(c.dtype, torch.float32)
+        refusal = torch.zeros(2 + _stats_numbers(stats), targets.numel(), dtype=dtype, device=c.device)
+        refusal[0], refusal[1] = -float("inf"), float("inf")
+        all_gather(refusal, shard.ranks, shard.group)
         if more and not may_look_at(targets):
-            all_gather(refusal.to(c.device)[:1].expand(more), shard.ranks, shard.group)
+            all_gather(refusal.new_full((more,), -float("inf")), shard.ranks, shard.group)
     raise ValueError(
-        f"c: expected {shard.stop - shard.start} rows, this rank's [{shard.start}, {shard.stop}) of "
+        f"{names.c}: expected {shard.stop - shard.start} rows, this rank's [{shard.start}, {shard.stop}) of "
         f"vocab_parallel_options, got {list(c.shape)}"
     )
 
@@ -131,27 +148,31 @@ def lce_forward(
     seed: Tensor | None,
     *,
     ignore_index: int,
+    scale: Tensor | None = None,
     **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """nll and lse [N] over the whole vocabulary: cce::lce_forward of the shard, and one collective."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """nll, lse [N], stats and argmax over the whole vocabulary: cce::lce_forward of the shard, and one collective."""
     labels, mine = _local_labels(shard, targets, ignore_index)
-    return _differentiable(e, c, bias, labels, mine, seed, targets, shard, options)
+    return _differentiable(e, c, bias, labels, mine, seed, targets, scale, shard, options)
 
 
 def dense_forward(
     shard: VocabShard,
-    forward: Callable[..., tuple[Tensor, Tensor]],
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
     e: Tensor,
     c: Tensor,
     bias: Tensor | None,
     targets: Tensor,
     ignore_index: int,
     softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """The same of reference.forward, eager or compiled."""
+    scale: Tensor | None,
+    stats: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same of reference.with_statistics, eager or compiled."""
     labels, mine = _local_labels(shard, targets, ignore_index)
-    nll, lse = forward(e, c, bias, labels, _IGNORED, softcap)
-    return _combine(shard, lse, lse - nll, labels, mine, targets)
+    nll, lse, rows, argmax = forward(e, c, bias, labels, _IGNORED, softcap, scale, stats)
+    own = _with_rows(shard, lse, lse - nll, rows, argmax, stats, len(c))
+    return _combine(shard, own, stats, labels, mine, targets)
 
 
 def sum_over_ranks(shard: VocabShard, own: Tensor) -> Tensor:
@@ -180,23 +201,44 @@ def _local_labels(shard: VocabShard, targets: Tensor, ignore_index: int) -> tupl
     return labels.masked_fill(targets == ignore_index, _IGNORED), mine
 
 
-def _combine(
-    shard: VocabShard, lse: Tensor, label: Tensor, labels: Tensor, mine: Tensor, targets: Tensor
-) -> tuple[Tensor, Tensor]:
-    """nll and lse over the whole vocabulary from each shard's lse and (where it is mine) label logit, all [N].
+def _stats_numbers(stats: int) -> int:
+    """How many numbers of a token _with_rows adds to the two that every loss needs."""
+    numbers = {ENTROPY: 1, LOG_SUM_SQ_PROBS: 1, MEAN_LOGITS: 2, MAXIMUM: 3}
+    return sum(count for bit, count in numbers.items() if stats & bit)
 
-    All ranks' pairs are gathered, not summed: a sum of exponentials would need the maximum first. Every rank then adds
-    up the same numbers in the same order.
+
+def _with_rows(
+    shard: VocabShard, lse: Tensor, label: Tensor, rows: Tensor, argmax: Tensor, stats: int, v: int
+) -> Tensor:
+    """What this rank tells the others of each token [.., N], from rows and argmax of its v columns."""
+    own = [lse, label]
+    own += [rows[i] for i, bit in enumerate((ENTROPY, LOG_SUM_SQ_PROBS)) if stats & bit]
+    if stats & MEAN_LOGITS:
+        own += [rows[2] * v, torch.full_like(lse, v)]
+    if stats & MAXIMUM:
+        # In two numbers that fp32 has.
+        column = argmax + shard.start
+        own += [rows[3], (column // _COLUMNS).to(lse.dtype), (column % _COLUMNS).to(lse.dtype)]
+    return torch.stack(own)
+
+
+def _combine(
+    shard: VocabShard, own: Tensor, stats: int, labels: Tensor, mine: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """nll, lse [N], stats and argmax over the whole vocabulary from each shard's _with_rows, whose labels are mine [N].
+
+    All ranks' numbers are gathered, not summed: a sum of exponentials would need the maximum first. Every rank then
+    adds up the same numbers in the same order.
     """
     # NaN says that the label is not here; a label's logit that is NaN itself makes the lse NaN anyway.
     inf, nan = float("inf"), float("nan")
-    label = label.nan_to_num(nan=inf, posinf=inf, neginf=-inf).masked_fill(~mine, nan)
-    own = torch.stack([lse, label])
+    label = own[1].nan_to_num(nan=inf, posinf=inf, neginf=-inf).masked_fill(~mine, nan)
+    own = torch.cat([own[:1], label[None], own[2:]])
     pairs = all_gather(own.detach(), shard.ranks, shard.group).view(shard.ranks, *own.shape)
     if own.requires_grad:
         here = torch.arange(shard.ranks, device=own.device) == shard.rank
         pairs = torch.where(here[:, None, None], own, pairs)
-    lses, logits = pairs.unbind(1)
+    lses, logits, *rest = pairs.unbind(1)
     # check_rows: no softmax has a label's logit of inf and a lse of -inf.
     refused = (lses == -inf) & (logits == inf)
     if not torch.compiler.is_compiling() and may_look_at(targets) and bool(refused.any()):
@@ -206,15 +248,47 @@ def _combine(
     ignored = labels == _IGNORED
     nowhere = logits.isnan().all(0) & ~ignored
     if not torch.compiler.is_compiling() and may_look_at(targets) and bool(nowhere.any()):
-        at = int(nowhere.int().argmax())
-        raise IndexError(f"targets: {int(targets[at])} at flat position {at}: in no rank's rows, nor ignore_index")
-    lse = lses.logsumexp(0).masked_fill(refused.any(0), nan).masked_fill(ignored, 0.0)
+        position = int(nowhere.int().argmax())
+        target = int(targets[position])
+        raise IndexError(f"targets: {target} at flat position {position}: in no rank's rows, nor ignore_index")
+    lse = lses.logsumexp(0).masked_fill(refused.any(0), nan)
     nll = (lse - logits.nansum(0)).masked_fill(nowhere, nan).masked_fill(ignored, 0.0)
-    return nll, lse
+    rows, argmax = lse.new_empty(0, 0), labels.new_empty(0, dtype=torch.int64)
+    if stats:
+        found, at = _combined_statistics(rest, lses, lse, stats)
+        rows = torch.stack(found).masked_fill(refused.any(0), nan).masked_fill(ignored, 0.0)
+        argmax = argmax if at is None else at.masked_fill(ignored, 0)
+    return nll, lse.masked_fill(ignored, 0.0), rows, argmax
+
+
+def _combined_statistics(
+    rest: list[Tensor], lses: Tensor, lse: Tensor, stats: int
+) -> tuple[list[Tensor], Tensor | None]:
+    """stats and argmax from the ranks' numbers after their lses [R, N], each [R, N]; lse: [N] of the whole."""
+    found, argmax = [torch.zeros_like(lse) for _ in range(STATS_ROWS)], None
+    # Of a shard without a finite logit there is nothing.
+    empty = lses == -float("inf")
+    log_share = (lses - lse).masked_fill(empty, 0.0)
+    if stats & ENTROPY:
+        part = log_share.exp() * (rest.pop(0).masked_fill(empty, 0.0) - log_share)
+        found[0] = part.masked_fill(empty, 0.0).sum(0)
+    if stats & LOG_SUM_SQ_PROBS:
+        found[1] = (rest.pop(0) + 2 * log_share).masked_fill(empty, -float("inf")).logsumexp(0).detach()
+    if stats & MEAN_LOGITS:
+        total, count = rest.pop(0), rest.pop(0)
+        found[2] = (total.sum(0) / count.sum(0)).detach()
+    if stats & MAXIMUM:
+        logit, high, low = (x.detach() for x in rest)
+        largest = logit.amax(0)
+        column = high.to(torch.int64) * _COLUMNS + low.to(torch.int64)
+        # The first of those that have it; NaN is the largest.
+        has_it = (logit == largest) | logit.isnan()
+        found[3], argmax = largest, column.masked_fill(~has_it, torch.iinfo(torch.int64).max).amin(0)
+    return found, argmax
 
 
 class _LceForward(torch.autograd.Function):
-    """cce::lce_forward and cce::lce_backward of one shard, with the lse of the whole vocabulary between them."""
+    """cce::lce_forward and cce::lce_backward of one shard, with lse and entropy of the whole vocabulary in between."""
 
     @staticmethod
     def forward(
@@ -226,32 +300,45 @@ class _LceForward(torch.autograd.Function):
         mine: Tensor,
         seed: Tensor | None,
         targets: Tensor,
+        scale: Tensor | None,
         shard: VocabShard,
         options: dict[str, Any],
-    ) -> tuple[Tensor, Tensor]:
-        nll, lse, tile_map, *_ = ops.lce_forward(e, c, bias, labels, seed, ignore_index=_IGNORED, **options)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        stats = options.get("stats", 0)
+        nll, lse, tile_map, rows, argmax = ops.lce_forward(
+            *(e, c, bias, labels, seed), ignore_index=_IGNORED, scale=scale, **options
+        )
         reference = lse - nll
-        nll, lse = _combine(shard, lse, reference, labels, mine, targets)
+        own = _with_rows(shard, lse, reference, rows, argmax, stats, len(c))
+        nll, lse, rows, argmax = _combine(shard, own, stats, labels, mine, targets)
         # The map is relative to this shard's label, or its stand-in. A target that is in no shard must show in the
         # gradient too.
         relative = lse - reference
         visible = lse.masked_fill(nll.isnan(), float("nan"))
-        ctx.save_for_backward(e, c, bias, labels, mine, relative, visible, tile_map, seed)
-        ctx.options = {name: value for name, value in options.items() if name != "need_map"}
-        return nll, lse
+        entropy = rows[0].clone() if stats & ENTROPY else None
+        ctx.mark_non_differentiable(argmax, *(() if stats & ENTROPY else (rows,)))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(e, c, bias, labels, mine, relative, visible, tile_map, entropy, seed, scale)
+        ctx.options = {name: value for name, value in options.items() if name not in OF_FORWARD}
+        return nll, lse, rows, argmax
 
     @staticmethod
-    def backward(ctx: Any, g_nll: Tensor, g_lse: Tensor) -> tuple[Tensor | None, ...]:
-        e, c, bias, labels, mine, relative, lse, tile_map, seed = ctx.saved_tensors
-        # Elsewhere a token's loss is its lse alone, which has all of this shard's columns.
+    def backward(
+        ctx: Any, g_nll: Tensor | None, g_lse: Tensor | None, g_rows: Tensor | None, g_argmax: None
+    ) -> tuple[Tensor | None, ...]:
+        e, c, bias, labels, mine, relative, lse, tile_map, entropy, seed, scale = ctx.saved_tensors
+        if g_nll is not None:
+            # Elsewhere a token's loss is its lse alone, which has all of this shard's columns.
+            elsewhere = g_nll.masked_fill(mine, 0.0)
+            g_nll, g_lse = g_nll.masked_fill(~mine, 0.0), elsewhere if g_lse is None else g_lse + elsewhere
         d_e, d_c, d_bias = gradients(
-            (g_nll.masked_fill(~mine, 0.0), g_lse + g_nll.masked_fill(mine, 0.0), None),
-            (e, c, bias, labels, relative, lse, tile_map, None, seed),
-            None,
+            (g_nll, g_lse, None if g_rows is None else g_rows[0]),
+            (e, c, bias, labels, relative, lse, tile_map, entropy, seed),
+            scale,
             {"ignore_index": _IGNORED, **ctx.options},
             ctx.needs_input_grad[:3],
         )
-        return d_e, d_c, d_bias, None, None, None, None, None, None
+        return d_e, d_c, d_bias, None, None, None, None, None, None, None
 
 
 class _SumGradient(torch.autograd.Function):
@@ -267,7 +354,7 @@ class _SumGradient(torch.autograd.Function):
         return all_reduce(gradient, ctx.group), None
 
 
-_differentiable: Callable[..., tuple[Tensor, Tensor]] = _LceForward.apply
+_differentiable: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _LceForward.apply
 _sum_gradient: Callable[[Tensor, str], Tensor] = _SumGradient.apply
 
 

@@ -135,13 +135,13 @@ def a_forward_that(change):
     return [(portable, "lce_forward", changed)]
 
 
-def weigh_by_one(self, rows, weight, v0, width, visits=portable.Gradients.visits):
-    return visits(self, rows, self.a[rows], v0, width)
+def weigh_by_one(self, rows, q, v0, width, visits=portable.Gradients.visits):
+    return visits(self, rows, None, v0, width)
 
 
-def stay_where_nobody_visits(a, live, lse, share, softcap, visited, q):
+def stay_where_nobody_visits(a, live, lse, share, softcap, visited, q, *others):
     """Biased: it is there where nobody visits, and nothing is taken off where somebody does."""
-    return control_variate.remainders(a, live, lse, share, softcap, visited, torch.ones_like(q))
+    return control_variate.remainders(a, live, lse, share, softcap, visited, torch.ones_like(q), *others)
 
 
 def halve(*inputs):

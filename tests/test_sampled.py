@@ -88,7 +88,7 @@ def random_map(outputs, lowest, highest):
     return encode_tiles(log2_mass, log2_mass - 4 * below)
 
 
-def no_masses(a, live, lse, share, softcap, visited, q):
+def no_masses(a, live, lse, share, softcap, visited, q, *others):
     """Other masses than the map has, some above 1, some below 0."""
     g = torch.Generator().manual_seed(0)
     mass = torch.randn(q.shape, generator=g).to(q.device) / 4

@@ -243,7 +243,7 @@ def test_targets_out_of_range(s, weighted, monkeypatch):
     for impl in ("cce", *EXACT):
         with pytest.raises(IndexError, match="targets: 300 at flat position 3"):
             ours(p, impl=impl, **options)
-    monkeypatch.setattr("cce_ext.api.may_look_at", lambda targets: False)
+    monkeypatch.setattr("cce_ext.calls.may_look_at", lambda targets: False)
     monkeypatch.setattr("cce_ext.ops.may_look_at", lambda targets: False)
     for impl in ("cce", *EXACT):
         assert ours(p, impl=impl, **options).isnan().nonzero().flatten().tolist() == [3, 5]

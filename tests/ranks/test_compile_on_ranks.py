@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.sharded import VOCAB, assert_matches, problem, two_ranks
 
-from cce_ext import api, linear_cross_entropy, reference
+from cce_ext import calls, linear_cross_entropy, reference
 from cce_ext.distributed import VocabParallelOptions
 
 pytestmark = two_ranks
@@ -19,7 +19,9 @@ def test_compile(compiles):
 
 def test_the_compiled_impl(compiles, monkeypatch):
     # By inductor it takes a minute, and to the collectives it is the same.
-    monkeypatch.setattr(api, "_compiled_reference", lambda: torch.compile(reference.forward, backend="aot_eager"))
+    monkeypatch.setattr(
+        calls, "_compiled_reference", lambda: torch.compile(reference.with_statistics, backend="aot_eager")
+    )
     assert_matches(problem(), VocabParallelOptions.from_vocab(VOCAB), impl="torch_compile")
 
 

@@ -1,0 +1,192 @@
+"""What linear_cross_entropy and linear_logprobs do alike, before and after what is computed of each token."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from . import reference, vocab_parallel
+from .autograd import lce_forward
+from .ops import autocast_inputs
+from .options import (
+    DENSE,
+    NAMES,
+    Method,
+    Names,
+    Options,
+    check_generator,
+    check_inputs,
+    check_shift,
+    check_softcap,
+    check_target_range,
+    check_tensors,
+    check_transforms,
+    check_weight,
+    is_a,
+    may_look_at,
+    may_need_seed,
+    resolve_method,
+    unwrapped,
+)
+from .reduction import is_dtensor
+from .vocab_parallel import VocabShard
+
+# One int64 holds all the randomness of a call; 2^63 - 1 is the widest range torch.randint takes.
+_SEEDS = 2**63 - 1
+
+
+class Call(NamedTuple):
+    """This rank's part of a call, its tokens in one dimension.
+
+    shape: that of the targets, after the shift. from_local: makes a DTensor of what this rank has of a result, or None.
+    seed_salt: what the rank's seed is xored with. weight: [V], temperature: [N] or one number, or None.
+    """
+
+    e: Tensor
+    c: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    weight: Tensor | None
+    temperature: Tensor | None
+    shape: torch.Size
+    shift: int
+    shard: VocabShard | None
+    from_local: Callable[[Tensor], Any] | None
+    seed_salt: int
+    may_train: bool
+
+    def of_positions(self, x: Tensor) -> Tensor:
+        """[.., T - shift], on all ranks of a DTensor's, of x [N]."""
+        x = x.reshape(self.shape)
+        if self.shift:
+            x = x[..., : -self.shift]
+        return x if self.from_local is None else self.from_local(x)
+
+
+def prepare(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    options: Options,
+    *,
+    temperature: Tensor | None = None,
+    stats: int = 0,
+    shared_numbers: Callable[[int, Tensor | None], int] = lambda n, weight: 0,
+    names: Names = NAMES,
+) -> Call:
+    """Localizes, casts, checks and shifts. temperature: of the targets' shape, or one number.
+
+    stats: of the call's lce_forward. shared_numbers: of n tokens and class weights, those of its sum_over_ranks.
+    """
+    ignore_index, weight = options.ignore_index, options.weight
+    check_tensors(e, c, targets, bias, names)
+    if not is_a(ignore_index, "__index__"):
+        raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
+    # localize's from_local makes DTensors of what each rank has of the results.
+    shard, from_local, seed_salt = None, None, 0
+    if options.vocab_parallel_options is not None:
+        shard = vocab_parallel.shard_of(options.vocab_parallel_options)
+        seed_salt = shard.start
+    if any(is_dtensor(x) for x in (e, c, targets, bias)):
+        if shard is not None:
+            raise ValueError(
+                f"vocab_parallel_options: expected None where {names.e}, {names.c} or targets are DTensors, which "
+                "say it"
+            )
+        from .distributed import localize
+
+        local = localize(e, c, targets, bias, weight, int(options.shift), temperature, names)
+        e, c, targets, bias, shard, from_local, seed_salt, weight, temperature = local
+
+    e, c, bias = autocast_inputs(e, c, bias)
+    check_inputs(e, c, targets, bias, names)
+    check_generator(options.generator, e.device)
+    check_softcap(options.softcap)
+    check_weight(weight, c)
+    if shard is not None:
+        more = shared_numbers(targets.numel(), weight)
+        vocab_parallel.check_rows(shard, c, targets, more, stats, names)
+    shift = check_shift(options.shift, targets)
+    if shift:
+        # e is not cut: the last positions have no label left, which is what ignore_index says.
+        targets = nn.functional.pad(targets[..., shift:], (0, shift), value=ignore_index)
+        if temperature is not None and temperature.numel() > 1:
+            temperature = nn.functional.pad(temperature[..., shift:], (0, shift), value=1.0)
+    shape = targets.shape
+    rows, labels = (e, targets) if targets.dim() == 1 else (e.reshape(-1, e.shape[-1]), targets.reshape(-1))
+
+    # The operators of the CPU look by themselves; those of CUDA could not raise an IndexError.
+    looks = shard is None and (options.impl in DENSE or labels.device.type != "cpu")
+    if looks and not torch.compiler.is_compiling() and may_look_at(labels):
+        check_target_range(unwrapped(labels).flatten(), len(c), ignore_index)
+    may_train = any(x is not None and unwrapped(x).requires_grad for x in (e, c, bias))
+    if shard is not None:
+        rows = vocab_parallel.shared(shard, rows)
+    temperature = None if temperature is None else temperature.reshape(-1)
+    return Call(*(rows, c, bias, labels, weight, temperature, shape, shift, shard, from_local, seed_salt, may_train))
+
+
+def outputs_of(
+    call: Call,
+    options: Options,
+    *,
+    softcap: float | None,
+    scale: Tensor | None = None,
+    stats: int = 0,
+    batch_invariant: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """nll, lse [N], stats and argmax as lce_forward has them, of the whole vocabulary."""
+    ignore_index, shard = options.ignore_index, call.shard
+    if options.impl in DENSE:
+        dense: Callable[..., Any] = reference.with_statistics
+        if options.impl != "reference":
+            dense = _compiled_reference()
+        if shard is not None:
+            dense = functools.partial(vocab_parallel.dense_forward, shard, dense)
+        nll, lse, rows, argmax = dense(call.e, call.c, call.bias, call.labels, ignore_index, softcap, scale, stats)
+        return nll, lse, rows, argmax
+    check_transforms()
+    method = resolve_method(options, call.e.dtype)
+    more: dict[str, Any] = {"stats": stats} if stats else {}
+    if batch_invariant:
+        more["batch_invariant"] = True
+    if scale is not None:
+        more["scale"] = scale
+    forward: Callable[..., Any] = lce_forward
+    if shard is not None:
+        forward = functools.partial(vocab_parallel.lce_forward, shard)
+    out = forward(
+        *(call.e, call.c, call.bias, call.labels, _seed(call, method, options)),
+        ignore_index=ignore_index,
+        softcap=softcap,
+        need_map=call.may_train and torch.is_grad_enabled() and method.needs_map,
+        **method.keywords(),
+        **more,
+    )
+    return out[0], out[1], out[-2], out[-1]
+
+
+def _seed(call: Call, method: Method, options: Options) -> Tensor | None:
+    """Of a sampled gradient that may be asked for."""
+    if not (method.draws and may_need_seed(call.may_train)):
+        return None
+    # Without a gradient too: reentrant checkpointing runs the forward so first, then again from the generator's
+    # state of before. It is this draw that leaves the next step another state.
+    # Ranks that are seeded alike, as tensor-parallel ones are, must not draw the same visits of their shards,
+    # nor those of a mean_group the same of their tokens.
+    salt = call.seed_salt
+    if options.mean_group is not None:
+        salt ^= dist.get_rank(options.mean_group) << 32
+    seed = torch.randint(_SEEDS, (1,), generator=options.generator, device=call.e.device)
+    return seed ^ salt if salt else seed
+
+
+@functools.cache
+def _compiled_reference() -> Callable[..., Any]:
+    return torch.compile(reference.with_statistics, dynamic=None)
