@@ -39,14 +39,15 @@ __device__ __forceinline__ float score_token(const GradientRowsArguments& args, 
   const float scale = args.scale == nullptr ? 1.0f : args.scale[i];
   const float h = ignored || args.g_entropy == nullptr ? 0.0f : args.g_entropy[i * args.g_entropy_stride];
   const float entropy = h == 0.0f ? 0.0f : args.entropy[i];
-  const float total = fabsf(row.a) + fabsf(h) * (2.0f * entropy + kInverseE);
+  // Step by step, as in sampling.py: both are to name the same visits.
+  const float bound = __fadd_rn(fabsf(row.a), __fmul_rn(fabsf(h), 2.0f * entropy + kInverseE));
   TokenScore score;
   score.scale2 = scale * kLog2E;
   score.h = h * kLn2 * scale;
-  score.entropy = entropy * kLog2E;
-  const bool usable = total > 0.0f && static_cast<bool>(isfinite(total));
-  score.even = usable ? (fabsf(row.a) + fabsf(h) * kInverseE) / total : 1.0f;
-  score.steep = usable ? fabsf(h) * kLn2 / total : 0.0f;
+  score.entropy = entropy;
+  const bool known = bound > 0.0f && static_cast<bool>(isfinite(bound));
+  score.even = known ? __fdiv_rn(__fadd_rn(fabsf(row.a), __fmul_rn(fabsf(h), kInverseE)), bound) : 1.0f;
+  score.steep = known ? __fdiv_rn(fabsf(h), bound) : 0.0f;
   args.scores[i] = score;
   const bool live = row.live() || h != 0.0f;
   row.a = (row.a - h * entropy) * scale;
@@ -54,7 +55,7 @@ __device__ __forceinline__ float score_token(const GradientRowsArguments& args, 
   // A row is live by its weights. This one adds nothing that a result could show.
   constexpr float kLeast = 0x1p-126f;
   if (live && !row.live()) row.a = kLeast;
-  return fmaxf(total * scale, fabsf(row.b));
+  return fmaxf(bound * scale, fabsf(row.b));
 }
 
 // The gradients of nll and lse as the weights a and b of each token. What flows into an ignored token may be

@@ -13,14 +13,18 @@ namespace cce {
 struct alignas(16) TokenScore {
   float scale2;   // log2 e times the scale of the logits: makes bits of them
   float h;        // of p log2 p: h ln 2 times the scale
-  float entropy;  // H in bits
+  float entropy;  // H in nats
   // The probability of a visit is the loss's, the tile's norm times the rate, times a factor:
-  // even + steep |log2 norm + H|. It bounds what p (log p + H) weighs after the division by it, and a token's
+  // even + steep |log norm + H|. It bounds what p (log p + H) weighs after the division by it, and a token's
   // expected visits as before (docs/design.md, "The gradient of the entropy").
   float even, steep;
 
   __device__ __forceinline__ float factor(const TileShare& share) const {
-    return fmaf(steep, fabsf(share.log2_norm + entropy), even);
+    // A norm of 0 has a logarithm that is not finite.
+    if (steep == 0.0f) return even;
+    // Step by step, as in sampling.py: both are to name the same visits.
+    const float far = fabsf(__fadd_rn(__fmul_rn(share.log2_norm, kLn2), entropy));
+    return __fadd_rn(even, __fmul_rn(far, steep));
   }
   // The sum of the tile's p (a - h log2 p), of mass m > 0, if its p were equal: then log2 p = 2 log2 norm - log2 m.
   __device__ __forceinline__ float weighed_mass(float a, float mass, const TileShare& share) const {
