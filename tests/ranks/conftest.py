@@ -1,4 +1,7 @@
-"""Each case in this folder runs on all ranks of a gloo group of 2 processes, and of one of 4.
+"""Each case in this folder runs on all ranks of a group of 2 processes, and of one of 4.
+
+The group is gloo's. With CCE_RANKS_DEVICE=cuda each rank has a GPU, and the group is NCCL's: cases of more ranks than
+there are GPUs are skipped.
 
 pytest runs a case by telling its name to the ranks (support/pool.py), which are processes that run pytest as well: they
 call the functions of this folder, with the fixtures below. A case fails where it fails on any rank.
@@ -12,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.pool import Failed, Pool
+from support.sharded import DEVICE
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -28,7 +32,10 @@ class OnRanks(pytest.Item):
         self.keywords.update(original.keywords)
 
     def runtest(self) -> None:
-        self.pool.run(self.original.callspec.params["ranks"], self.nodeid)
+        ranks = self.original.callspec.params["ranks"]
+        if DEVICE == "cuda" and torch.cuda.device_count() < ranks:
+            pytest.skip(f"{ranks} ranks take as many GPUs, and there are {torch.cuda.device_count()}")
+        self.pool.run(ranks, self.nodeid)
 
     def repr_failure(self, excinfo, style=None):
         return str(excinfo.value) if isinstance(excinfo.value, Failed) else super().repr_failure(excinfo, style)
@@ -82,9 +89,9 @@ init_once = cache(init_device_mesh)
 
 @pytest.fixture
 def mesh(ranks) -> DeviceMesh:
-    return init_once("cpu", (ranks,), mesh_dim_names=("tp",))
+    return init_once(DEVICE, (ranks,), mesh_dim_names=("tp",))
 
 
 @pytest.fixture
 def mesh_2d(ranks) -> DeviceMesh:
-    return init_once("cpu", (2, ranks // 2), mesh_dim_names=("dp", "tp"))
+    return init_once(DEVICE, (2, ranks // 2), mesh_dim_names=("dp", "tp"))

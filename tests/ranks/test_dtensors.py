@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.problems import Problem, oracle, upstream
-from support.sharded import WIDTH, R, S, problem, sequences
+from support.sharded import DEVICE, WIDTH, R, S, problem, sequences
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
@@ -102,7 +102,7 @@ def test_z_loss_of_dtensors(mesh_2d):
     plain = compute_z_loss(lse, p.targets, shift=1)  # whole targets, the same on all ranks
     torch.testing.assert_close(plain.to_local(), values[1])
     with pytest.raises(ValueError, match="targets: expected a plain tensor like lse, got a DTensor"):
-        compute_z_loss(torch.zeros(p.targets.shape), q.targets)
+        compute_z_loss(torch.zeros(p.targets.shape, device=DEVICE), q.targets)
 
 
 def test_uneven_dtensors(mesh, ranks):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.sharded import VOCAB, WIDTH, R, S, problem, sequences, two_ranks
+from support.sharded import DEVICE, VOCAB, WIDTH, R, S, problem, sequences, two_ranks
 from torch import distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -21,6 +21,7 @@ class Head(nn.Linear):
     def __init__(self, options=None) -> None:
         torch.manual_seed(3)
         super().__init__(WIDTH, VOCAB)
+        self.to(DEVICE)
         self.options = {"impl": "cce_exact", **(options or {})}
 
     def forward(self, e, targets):
@@ -31,7 +32,7 @@ class Model(nn.Module):
     def __init__(self, options=None) -> None:
         super().__init__()
         self.head = Head(options)
-        self.body = nn.Linear(WIDTH, WIDTH)
+        self.body = nn.Linear(WIDTH, WIDTH).to(DEVICE)
 
     def forward(self, x, targets):
         return self.head(torch.tanh(self.body(x)), targets)

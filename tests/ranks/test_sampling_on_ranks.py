@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from support.problems import Problem, oracle, peaked, upstream
-from support.sharded import R, S, all_differ, rows_of, run, spiked, visits_alone
+from support.problems import Problem, oracle, upstream
+from support.sharded import R, S, all_differ, peaked, rows_of, run, spiked, visits_alone
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 

@@ -6,8 +6,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.problems import peaked
-from support.sharded import BATCH, EXACT, LENGTH, VOCAB, R, S, problem, rows_of, sequences, shard_of, two_ranks
+from support.sharded import (
+    BATCH,
+    DEVICE,
+    EXACT,
+    LENGTH,
+    VOCAB,
+    R,
+    S,
+    peaked,
+    problem,
+    rows_of,
+    sequences,
+    shard_of,
+    two_ranks,
+)
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
@@ -22,7 +35,7 @@ either = pytest.mark.parametrize("s, weighted", OPTIONS, ids=["smoothed", "weigh
 def class_weights() -> torch.Tensor:
     weight = torch.rand(VOCAB, generator=torch.Generator().manual_seed(5), dtype=torch.float64) + 0.1
     weight[::7] = 0.0
-    return weight
+    return weight.to(DEVICE)
 
 
 def expected_of(p, s, weighted, **options):
@@ -187,10 +200,10 @@ def test_mistakes_of_a_weight_beside_dtensors(mesh, mesh_2d):
     p = peaked(BATCH, 16, VOCAB)
     e, c, targets = (distribute_tensor(x, mesh, [y]) for x, y in ((p.e, R), (p.c, S(0)), (p.targets, R)))
     with pytest.raises(ValueError, match=r"weight: expected \[701\] for c of shape \[701, 16\], got \[700\]"):
-        linear_cross_entropy(e, c, targets, weight=torch.ones(VOCAB - 1))
+        linear_cross_entropy(e, c, targets, weight=torch.ones(VOCAB - 1, device=DEVICE))
     with pytest.raises(ValueError, match="weight: expected a DTensor on c's mesh .*, got one on"):
-        linear_cross_entropy(e, c, targets, weight=distribute_tensor(torch.ones(VOCAB), mesh_2d, [R, R]))
+        linear_cross_entropy(e, c, targets, weight=distribute_tensor(torch.ones(VOCAB, device=DEVICE), mesh_2d, [R, R]))
     whole = distribute_tensor(p.c, mesh, [R])
     with pytest.raises(ValueError, match="weight: expected a plain tensor like c, got a DTensor"):
-        linear_cross_entropy(p.e, p.c, p.targets, weight=distribute_tensor(torch.ones(VOCAB), mesh, [R]))
-    assert linear_cross_entropy(e, whole, targets, weight=torch.ones(VOCAB)).full_tensor().isfinite()
+        linear_cross_entropy(p.e, p.c, p.targets, weight=distribute_tensor(torch.ones(VOCAB, device=DEVICE), mesh, [R]))
+    assert linear_cross_entropy(e, whole, targets, weight=torch.ones(VOCAB, device=DEVICE)).full_tensor().isfinite()

@@ -9,6 +9,7 @@ import torch
 from support.problems import assert_as_good_as_dense, dense, error, oracle, upstream
 from support.sharded import (
     BATCH,
+    DEVICE,
     EXACT,
     LENGTH,
     VOCAB,
@@ -120,7 +121,7 @@ def test_frozen_inputs_under_autocast(frozen):
     options = VocabParallelOptions.from_vocab(VOCAB)
     q = shard_of(p, options)
     getattr(q, frozen).requires_grad_(False)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         loss = linear_cross_entropy(q.e, q.c, q.targets, q.bias, vocab_parallel_options=options, impl="cce_exact")
     loss.backward()
     whole = p.leaves()
@@ -178,7 +179,7 @@ def test_a_target_that_no_rank_has_is_nan_where_nobody_looks(monkeypatch):
 
 def test_rows_are_those_of_a_dtensors_shards(ranks, mesh):
     for v in (ranks, 701, 1000):
-        x = torch.arange(v)
+        x = torch.arange(v, device=DEVICE)
         rows = rows_of(x, VocabParallelOptions.from_vocab(v))
         assert torch.equal(rows, x.chunk(ranks)[dist.get_rank()])
         assert torch.equal(rows, distribute_tensor(x, mesh, [Shard(0)]).to_local())
@@ -243,7 +244,7 @@ def test_z_loss_over_all_ranks_tokens(ranks):
     targets = p.targets.view(ranks, -1).clone()
     targets[0] = -100
     targets[1, ::2] = -100
-    lse = torch.arange(float(targets.numel()), dtype=torch.float64).view_as(targets)
+    lse = torch.arange(float(targets.numel()), dtype=torch.float64, device=DEVICE).view_as(targets)
     whole = compute_z_loss(lse, targets)
     rank = dist.get_rank()
     part = compute_z_loss(lse[rank], targets[rank], mean_group=dist.group.WORLD)

@@ -1,4 +1,4 @@
-"""Processes of a gloo group that run cases of tests/ranks, one after the other, each on all ranks at once.
+"""Processes of a group that run cases of tests/ranks, one after the other, each on all ranks at once.
 
 A pool starts with its first case and stays: starting takes seconds, a case much less. A case that fails on any rank, or
 takes a rank down, or hangs, ends the pool, since ranks that parted ways cannot go on together; the next case has a
@@ -70,7 +70,7 @@ class Pool:
             environment = {
                 **os.environ,
                 "OMP_NUM_THREADS": "1",
-                "CUDA_VISIBLE_DEVICES": "",
+                **({} if os.environ.get("CCE_RANKS_DEVICE") == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}),
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(ranks),

@@ -61,8 +61,11 @@ def main(connection: str, store: str, folder: str, root: str) -> int:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
+    gpus = os.environ.get("CCE_RANKS_DEVICE") == "cuda"
+    if gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(
-        "gloo",
+        "cpu:gloo,cuda:nccl" if gpus else "gloo",
         init_method=f"file://{store}",
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),

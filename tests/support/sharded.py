@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,11 +20,16 @@ from torch.distributed.tensor import Replicate, Shard
 from cce_ext import linear_cross_entropy, portable
 from cce_ext.distributed import VocabParallelOptions
 from cce_ext.sampling import TILE_COLUMNS
-from support.problems import Problem, gradients, oracle, peaked, upstream
+from support import problems
+from support.problems import Problem, gradients, oracle, upstream
 
 EXACT = ["cce_exact", "reference"]
 BATCH, LENGTH, WIDTH, VOCAB = 4, 12, 16, 701
 R, S = Replicate(), Shard
+
+# Where the ranks' tensors are: CCE_RANKS_DEVICE=cuda gives each a GPU, and their group NCCL.
+DEVICE = os.environ.get("CCE_RANKS_DEVICE", "cpu")
+peaked = functools.partial(problems.peaked, device=DEVICE)
 
 # Compiling takes long, and what is compiled does not depend on how many ranks there are.
 two_ranks = pytest.mark.parametrize("ranks", [2], indirect=True, ids=["2_ranks"])
