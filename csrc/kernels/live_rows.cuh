@@ -79,10 +79,6 @@ struct CopyLiveRowsArguments {
   Element* out;  // [n, d], of which the rows that count are written, in their order
 };
 
-// Rows that a unit of the product may read beyond the last. They reach nothing, but what is read is to have
-// been written: compute-sanitizer knows no better.
-constexpr int kLiveRowsPadding = 256;
-
 // Copies them, a warp a row, and makes the padding zeros; where all count, nothing.
 template <typename Element>
 __global__ void __launch_bounds__(kCopyLiveThreads)

@@ -8,6 +8,10 @@
 // others alone, from a copy, and only the device knows how many there are.
 namespace cce {
 
+// Rows that a unit of the product may read beyond the last. They reach nothing, but what is read is to have
+// been written: compute-sanitizer knows no better.
+constexpr int kLiveRowsPadding = 256;
+
 struct LiveCount {
   int rows;
   int splits;  // of the columns, as for so many rows alone

@@ -27,7 +27,8 @@ struct LogitsSm90Operands {
   LiveRows live;
   LogitsSchedule schedule;  // of all n rows of E: kCluster blocks of rows each
   int n;
-  int steps;  // stages that D takes
+  int steps;           // stages that D takes
+  int depth;           // elements of D in each
 };
 
 // The next stage of the ring. A barrier's phases alternate in parity from round to round.
@@ -86,7 +87,7 @@ __device__ __forceinline__ void produce_logits_stages(const LogitsSm90Operands& 
         const uint32_t full = ring.full(place.slot);
         const uint32_t tile_e = ring.tile_e(place.slot);
         const uint32_t tile_c = ring.tile_c(place.slot) + rank * kColumnsOfBlock * kRowBytes;
-        const int depth = step * LogitsSm90::kDepth;
+        const int depth = step * operands.depth;
         // Waits until the slot is free in all blocks of the cluster. The first round waits for nobody: on a
         // new barrier the phase of the other parity counts as ended.
         ptx::mbarrier_wait(ring.empty(place.slot), place.parity ^ 1);
@@ -124,9 +125,9 @@ struct WarpgroupProduct {
       const uint64_t c = ptx::wgmma_operand(ring.tile_c(place.slot));
       ptx::wgmma_fence();
 #pragma unroll
-      for (int part = 0; part < LogitsSm90::kDepth / 16; ++part) {
-        ptx::wgmma_m64n256k16<Element>(sums.tiles[0], e + part * ptx::kWgmmaNextK,
-                                       c + part * ptx::kWgmmaNextK, step > 0 || part > 0);
+      for (int part = 0; part < kRowBytes / 32; ++part) {
+        ptx::wgmma_m64n256<Element>(sums.tiles[0], e + part * ptx::kWgmmaNextK, c + part * ptx::kWgmmaNextK,
+                                    step > 0 || part > 0);
       }
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();

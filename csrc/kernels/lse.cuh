@@ -25,6 +25,14 @@ struct LseArguments {
   int n, v;
 };
 
+// The same for a product of 8 bits, of the rows that count, and the scales of its operands.
+template <typename Element>
+struct ScanArguments {
+  LseArguments<Element> lse;
+  const float* row_scale;   // [R]
+  const float* tile_scale;  // [V / 256]
+};
+
 // log sum exp as a maximum and a sum relative to it.
 struct MaxSum {
   float max;

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/finish_logits.cuh"
 #include "kernels/logits_sm90_config.h"
@@ -20,13 +21,15 @@ __device__ __forceinline__ float quad_sum_of_own(const float (&values)[2], bool 
 // As LseEpilogue, from the registers of wgmma: a quad of lanes holds all 256 columns of two rows, a vocab
 // tile, so that rows are reduced by shuffles alone. Even lanes of a quad keep the first row's log-sum-exp,
 // odd ones that of the row eight below. What a warp writes of the tile map are 16 neighbouring entries.
-template <typename Element>
+//
+// kScan: the product is of 8 bits, and its scales make logits of it.
+template <typename Element, bool kScan = false>
 class LseEpilogueSm90 {
  public:
-  using Arguments = LseArguments<Element>;
+  using Arguments = std::conditional_t<kScan, ScanArguments<Element>, LseArguments<Element>>;
 
   __device__ __forceinline__ explicit LseEpilogueSm90(const Arguments& a)
-      : a_(a), lane_(static_cast<int>(threadIdx.x) % kWarpLanes) {}
+      : arguments_(a), a_(lse_of(a)), lane_(static_cast<int>(threadIdx.x) % kWarpLanes) {}
 
   __device__ __forceinline__ void begin(int row_block) {
     const int warp = static_cast<int>(threadIdx.x) / kWarpLanes;
@@ -40,6 +43,16 @@ class LseEpilogueSm90 {
   template <typename Sums>
   __device__ __forceinline__ void block(Sums& sums, int column_block) {
     static_assert(LogitsSm90::kColumns == kTileColumns, "a block is a vocab tile");
+    if constexpr (kScan) {
+      const float of_tile = arguments_.tile_scale[column_block];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        // A row past the last is nobody's.
+        const float scale = arguments_.row_scale[min(row_ + 8 * (r - own_row()), a_.n - 1)] * of_tile;
+#pragma unroll
+        for (int c = 0; c < Sums::kColumns; ++c) sums.at(r, c) *= scale;
+      }
+    }
     finish_logits(sums, column_block * LogitsSm90::kColumns + Sums::first_column(lane_), a_.bias,
                   a_.bias_stride, a_.softcap, a_.v);
     const TileSums tile = reduce(sums);
@@ -56,6 +69,14 @@ class LseEpilogueSm90 {
 
  private:
   __device__ __forceinline__ int own_row() const { return lane_ % 2; }
+
+  __device__ __forceinline__ static const LseArguments<Element>& lse_of(const Arguments& a) {
+    if constexpr (kScan) {
+      return a.lse;
+    } else {
+      return a;
+    }
+  }
 
   // The sums of the lane's own row.
   template <typename Sums>
@@ -92,7 +113,8 @@ class LseEpilogueSm90 {
     return {second ? max[1] : max[0], quad_sum_of_own(total, second), quad_sum_of_own(squares, second)};
   }
 
-  const Arguments& a_;
+  const Arguments& arguments_;
+  const LseArguments<Element>& a_;
   const int lane_;
   int row_ = 0;  // the lane's own, of those that count
   int token_ = 0;

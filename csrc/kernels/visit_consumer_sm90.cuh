@@ -68,6 +68,10 @@ class VisitConsumer {
       Logits logits;
       logits.sums.clear();
       logits.template multiply<true>(ring_, place_, steps, warpgroup());
+      if (slot.item.work == VisitWork::kVisitsOfScan) {
+        correct_scan(logits.sums, slot);
+        return;
+      }
       write_dz(logits.sums, slot, dz);
     }
     int tokens[2];
@@ -149,6 +153,29 @@ class VisitConsumer {
                      pack(sums.at(r, 2 * tile), sums.at(r, 2 * tile + 1), Element());
         };
         store_32_columns(pair, leaves, out + down * kTileColumns + 32 * group, lane());
+      }
+    }
+  }
+
+  // What the tile's own sum of p has more than the scan's, by the visit's weight.
+  __device__ __forceinline__ void correct_scan(LogitSums& sums, const VisitSlot<Element>& slot) {
+    finish_logits(sums, slot.item.strip * kTileColumns + LogitSums::first_column(lane()), a_.bias,
+                  a_.bias_stride, a_.softcap, a_.c.count);
+#pragma unroll
+    for (int r = 0; r < LogitSums::kRows; ++r) {
+      const int m = warpgroup() * LogitsSm90::kConsumerRows + warp() * 16 + lane() / 4 + LogitSums::row_offset(r);
+      const VisitRow row = slot.row[m];
+      float total[2] = {0.0f, 0.0f};
+#pragma unroll
+      for (int c = 0; c < LogitSums::kColumns; ++c) {
+        total[c % 2] += ptx::exp2_approx(fmaf(sums.at(r, c), kLog2E, -row.lse2));
+      }
+      float sum = total[0] + total[1];
+      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+      // In fp64 the order of the sums shows in no fp32 result.
+      if (lane() % 4 == 0 && slot.token[m] >= 0) {
+        atomicAdd(a_.corrections + slot.token[m], static_cast<double>(row.weight) * (sum - row.b));
       }
     }
   }

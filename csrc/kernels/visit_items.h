@@ -47,6 +47,8 @@ enum class VisitWork : uint32_t {
   kVisitsOfE,  // the same for dE only
   kGradC,      // the strip's dC, in the part-th slices_per_item() of D
   kRound,      // dE of some tokens, from its sums: see rounded_by()
+  // The part-th kVisitRows of the strip's visits: what they correct in a scan's sums of exponentials.
+  kVisitsOfScan,
 };
 
 // Whether the item adds its visits' part to the sums of dE.
@@ -90,6 +92,7 @@ struct VisitLayout {
   int strips_per_tile;
   int slices;  // of D, for items of dC; 0 where neither dC nor dbias is wanted
   bool need_e;
+  bool of_scan;  // the visits correct a scan's log-sum-exps, and there is no gradient
   bool finds_centroids;
   // Rows after a strip's visits that are the control variate's, 0 or 1. Its dz are the tile's weights; for dC
   // its token is the sum of the tokens by their residual masses, for dE, where the kernel finds the

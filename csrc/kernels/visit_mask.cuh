@@ -26,7 +26,7 @@ struct VisitMaskArguments {
   int n, tiles;
   uint32_t* mask;       // [tiles, mask_words(n)]
   uint32_t* counts;     // [tiles], 0 before
-  Element* residual;    // [tiles, residual_stride], scaled
+  Element* residual;    // [tiles, residual_stride], scaled; or null: they are not wanted
   int residual_stride;  // n, rounded up; what is past n becomes 0
 };
 
@@ -173,7 +173,7 @@ __global__ void __launch_bounds__(kMaskThreads)
     for (int k = 0; k < kWords; ++k) {
       word[k] = __ballot_sync(0xffffffffu, visit[k]);
       const int token = first + k * kMaskBits + lane;
-      if (token < a.residual_stride) {
+      if (a.residual != nullptr && token < a.residual_stride) {
         const float left = visit[k] ? 1.0f - 1.0f / q[k] : 1.0f;
         // Where nothing is left, the mass may be anything, NaN as well.
         a.residual[static_cast<int64_t>(tile) * a.residual_stride + token] =

@@ -177,7 +177,7 @@ CCE_HOST_DEVICE void plan_visit_items(Block& block, const VisitPlanArguments& a,
     a.pending[gate_of_dc(static_cast<int>(k))] = a.chunk_begins[2 * k + 3] - a.chunk_begins[2 * k + 1];
   }
   if (thread == 0) {
-    a.pending[kGateOfE] = layout.need_e ? static_cast<uint32_t>(all_dz) : 0;
+    a.pending[kGateOfE] = layout.need_e || layout.of_scan ? static_cast<uint32_t>(all_dz) : 0;
     a.pending[kGateOfRounding] = rounds;
   }
 
@@ -204,7 +204,8 @@ CCE_HOST_DEVICE void plan_visit_items(Block& block, const VisitPlanArguments& a,
         a.items[dz_before - plain_dz + part] = item;
       }
     }
-    item.work = lends || !layout.need_e ? VisitWork::kVisitsOfC
+    item.work = layout.of_scan          ? VisitWork::kVisitsOfScan
+                : lends || !layout.need_e ? VisitWork::kVisitsOfC
                 : layout.slices == 0    ? VisitWork::kVisitsOfE
                                         : VisitWork::kVisits;
     item.gate = leaves_dz(item.work) ? gate_of_dz(chunk_number) : kGateOfE;

@@ -73,13 +73,17 @@ class VisitScout {
         float q = 1.0f;
         TokenScore score = {kLog2E, 0.0f, 0.0f, 1.0f, 0.0f};
         if (a_.scores != nullptr) score = a_.scores[token];
-        if (!own) {
+        const bool of_scan = item.work == VisitWork::kVisitsOfScan;
+        TileShare share{};
+        if (!own || of_scan) {
           const uint16_t code = a_.tile_map[static_cast<int64_t>(item.strip) * a_.e.count + token];
-          const TileShare share = decode_tile(code, a_.nll[token] * kLog2E);
-          q = a_.rate.probability(share, a_.scores == nullptr ? 1.0f : score.factor(share));
+          share = decode_tile(code, a_.nll[token] * kLog2E);
         }
+        if (!own) q = a_.rate.probability(share, a_.scores == nullptr ? 1.0f : score.factor(share));
         const float weight = __fdividef(1.0f, q);
         row = {g.a * weight, own ? g.b : weight, g.lse2, own ? g.label % kTileColumns : -1};
+        // What the sum of its p is to be less: what the scan has of it.
+        if (of_scan) row = {weight, tile_mass(share), g.lse2, -1};
         logit = {score.scale2, score.h * weight};
       } else if (m < rows) {
         token = a_.e.count;

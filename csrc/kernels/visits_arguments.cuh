@@ -41,6 +41,7 @@ struct VisitsArguments {
   const float* residual_sums;  // [tiles]
   Element* dz;                 // the ring: [buffers, columns of a strip], scaled
   int* tokens;                 // the ring: whose dz it is
+  double* corrections;         // [n], added to: of a scan's sums of p
   float* sum_e;                // [n, d], scaled, added to; it may lie in grad_c
   Element* grad_e;             // [n, d]
   Element* grad_c;             // [v, d] contiguous, or null

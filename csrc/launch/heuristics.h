@@ -280,4 +280,11 @@ inline VisitsPlan plan_visits(const LossInputs& in, bool need_e, bool need_c, bo
   return plan;
 }
 
+// The visits that correct a scan in the forward.
+inline VisitsPlan plan_scan_visits(const LossInputs& in, const DeviceLimits& limits) {
+  VisitsPlan plan = plan_visits(in, false, false, false, limits);
+  plan.layout.of_scan = true;
+  return plan;
+}
+
 }  // namespace cce

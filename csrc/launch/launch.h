@@ -39,6 +39,15 @@ LaunchError launch_round_gradient(const LceBackwardParams& params, int device, v
 LaunchError launch_visits_plan(const LceBackwardParams& params, const VisitsScratch& scratch,
                                const VisitsPlan& plan, const Blas& blas, int device, void* stream);
 
+// The same without the control variate: for a scan's visits.
+LaunchError launch_visits_search(const LceBackwardParams& params, const VisitsScratch& scratch,
+                                 const VisitsPlan& plan, int device, void* stream);
+
+// Corrects the log-sum-exps and losses of a forward that scanned, by the visits of a plan_scan_visits().
+LaunchError launch_scan_correction(const LceForwardParams& params, const LceBackwardParams& visits,
+                                   const VisitsScratch& scratch, const VisitsPlan& plan, int device,
+                                   void* stream);
+
 // Does the work.
 LaunchError launch_visits(const LceBackwardParams& params, const VisitsScratch& scratch,
                           const VisitsPlan& plan, int device, void* stream);

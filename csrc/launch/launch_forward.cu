@@ -16,6 +16,7 @@ namespace {
 // The log-sum-exps of each unit, and the tile map.
 LaunchError launch_lse(const LceForwardParams& p, const LceForwardPlan& plan, void* stream) {
 #if CCE_HAS_SM90
+  if (p.scan.on()) return launch_scan_sm90(p, plan, stream);
   if (plan.logits.kernel == LogitsKernel::kSm90) return launch_lse_sm90(p, plan, stream);
 #endif
   return dispatch_16bit(p.in.dtype, [&](auto element) {
@@ -55,7 +56,10 @@ LaunchError launch_lce_forward(const LceForwardParams& p, const LceForwardPlan& 
   const LiveRowsArguments r = {targets_of(p.in), p.in.ignore_index, static_cast<int>(p.in.n),
                                plan.splits,      p.live_tokens,     static_cast<LiveCount*>(p.live_count)};
   live_rows_kernel<<<1, kLiveThreads, 0, on>>>(r);
-  if (const LaunchError failed = copy_live_rows(p, on)) return failed;
+  // A scan has its own copy.
+  if (!p.scan.on()) {
+    if (const LaunchError failed = copy_live_rows(p, on)) return failed;
+  }
   // An empty vocabulary, such as a shard may have, has no product: its log-sum-exp is -inf.
   if (p.in.v > 0) {
     if (const LaunchError failed = launch_lse(p, plan, stream)) return failed;

@@ -23,7 +23,9 @@ LaunchError launch_logits_sm90_in_clusters(const LossInputs& in, int64_t first, 
   LogitsSm90Operands operands{};
   const char* refused = encode_rows<Element>(operands.e, e.data, e.count, in.d, e.stride, LogitsSm90::kRows);
   if (refused == nullptr && live_e != nullptr) {
-    refused = encode_rows<Element>(operands.live_e, static_cast<const Element*>(live_e), in.n, in.d, in.d,
+    // Its rows follow each other, unless e itself is the copy.
+    const int64_t stride = live_e == in.e ? in.e_row_stride : in.d;
+    refused = encode_rows<Element>(operands.live_e, static_cast<const Element*>(live_e), in.n, in.d, stride,
                                    LogitsSm90::kRows);
   }
   if (refused == nullptr) {
@@ -34,7 +36,8 @@ LaunchError launch_logits_sm90_in_clusters(const LossInputs& in, int64_t first, 
   operands.live = live;
   operands.schedule = schedule;
   operands.n = static_cast<int>(in.n);
-  operands.steps = static_cast<int>(ceil_div(in.d, LogitsSm90::kDepth));
+  operands.depth = kRowBytes / static_cast<int>(sizeof(Element));
+  operands.steps = static_cast<int>(ceil_div(in.d, operands.depth));
 
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;

@@ -130,6 +130,18 @@ LaunchError multiply_residuals(const LceBackwardParams& p, const VisitsScratch& 
 
 }  // namespace
 
+LaunchError launch_visits_search(const LceBackwardParams& p, const VisitsScratch& scratch,
+                                 const VisitsPlan& plan, int device, void* stream) {
+  if (p.in.n == 0) return {};
+  return dispatch_16bit(p.in.dtype, [&](auto element) -> LaunchError {
+    cudaError_t error = cudaSetDevice(device);
+    if (error == cudaSuccess) {
+      error = find_visits<decltype(element)>(p, scratch, plan, static_cast<cudaStream_t>(stream));
+    }
+    return cuda_error(error);
+  });
+}
+
 LaunchError launch_visits_plan(const LceBackwardParams& p, const VisitsScratch& scratch,
                                const VisitsPlan& plan, const Blas& blas, int device, void* stream) {
   if (p.in.n == 0) return {};

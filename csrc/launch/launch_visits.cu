@@ -91,6 +91,7 @@ LaunchError launch(const LceBackwardParams& p, const VisitsScratch& scratch, con
   a.residual_sums = scratch.residual_sums;
   a.dz = layout.slices == 0 ? nullptr : static_cast<Element*>(scratch.dz);
   a.tokens = static_cast<int*>(scratch.tokens);
+  a.corrections = scratch.corrections;
   a.sum_e = visit_sums<Element>(p, layout);
   a.grad_e = static_cast<Element*>(p.grad_e);
   a.grad_c = static_cast<Element*>(p.grad_c);

@@ -37,6 +37,17 @@ constexpr int kStatistics = 4;  // rows of the output, in the bits' order: the l
 // Partial statistics of a run of columns, 4 bytes each: kStatistics, and the largest logit's column.
 constexpr int kPartialStatistics = kStatistics + 1;
 
+// A scan in 8 bits: e's rows that count and c, with a scale a row and a scale a vocab tile.
+struct ScanScratch {
+  void* e;         // [n, stride]
+  void* c;         // [v, stride]
+  int64_t stride;  // bytes, a multiple of 16
+  float* row_scale;   // [n]
+  float* tile_scale;  // [tiles]
+
+  bool on() const { return c != nullptr; }
+};
+
 // Rows of e and c are multiples of 16 bytes apart, begin at one, and have d % 8 == 0 elements. All that is
 // written is contiguous.
 struct LceForwardParams {
@@ -51,6 +62,7 @@ struct LceForwardParams {
   void* tile_map;       // [tiles, n] codes of 16 bits, or null
   float* nll;           // [n]
   float* lse;           // [n]
+  ScanScratch scan;     // null unless the product is to be of 8 bits
   int statistics;       // bits of Statistic
   float* partial_statistics;  // scratch: kPartialStatistics for each partial, where there are any
   float* stats;               // [kStatistics, n], or null without any
@@ -114,6 +126,7 @@ struct VisitsScratch {
   void* residual;        // [tiles, residual stride] of e's dtype
   void* residual_e;      // [tiles, d] of e's dtype: sums of e by residual masses, where dC is wanted
   float* residual_sums;  // [tiles]: sums of these masses, where dbias is wanted
+  double* corrections;   // [n]: of a scan's sums of p, where the visits are a scan's
   // For launch_visits alone.
   void* dz;      // [buffers, columns of a strip] of e's dtype
   void* tokens;  // [buffers]

@@ -4,6 +4,7 @@
 #include <cudaTypedefs.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -41,8 +42,12 @@ template <>
 constexpr CUtensorMapDataType tensor_map_type<__nv_bfloat16>() {
   return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
 }
+template <>
+constexpr CUtensorMapDataType tensor_map_type<__nv_fp8_e4m3>() {
+  return CU_TENSOR_MAP_DATA_TYPE_UINT8;
+}
 
-// Boxes of `box_rows` rows by 64 elements of a [rows, d] matrix, swizzled as wgmma takes them, zeros outside.
+// Boxes of `box_rows` rows by 128 bytes of a [rows, d] matrix, swizzled as wgmma takes them, zeros outside.
 // stride: in elements. Returns null, or what went wrong.
 template <typename Element>
 const char* encode_rows(CUtensorMap& map, const void* data, int64_t rows, int64_t d, int64_t stride,
@@ -53,7 +58,7 @@ const char* encode_rows(CUtensorMap& map, const void* data, int64_t rows, int64_
   const int64_t row_bytes = (rows == 1 ? d : stride) * static_cast<int64_t>(sizeof(Element));
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(d), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(row_bytes)};
-  const cuuint32_t box[2] = {kRowElements, static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t box[2] = {kRowBytes / sizeof(Element), static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t element_strides[2] = {1, 1};
   const CUresult result =
       encode(&map, tensor_map_type<Element>(), 2, const_cast<void*>(data), sizes, strides, box,

@@ -69,6 +69,13 @@ void check_scale(const char* op, const std::optional<Tensor>& scale, const Tenso
   check_device(op, "scale", *scale, e);
 }
 
+void check_seed(const char* op, const std::optional<Tensor>& seed, const Tensor& e) {
+  CCE_CHECK(seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1 && seed->is_cuda() &&
+                seed->get_device_index() == e.get_device_index(),
+            op, "seed must be one int64 on e's device for the sampled method, but is ",
+            seed ? describe(*seed) : "None");
+}
+
 Tensor with_contiguous_rows(const Tensor& tensor) {
   return tensor.size(1) <= 1 || tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
 }

@@ -26,6 +26,10 @@ void check_device(const char* op, const char* name, const torch::stable::Tensor&
 void check_scale(const char* op, const std::optional<torch::stable::Tensor>& scale,
                  const torch::stable::Tensor& e);
 
+// Of the draws: there must be one.
+void check_seed(const char* op, const std::optional<torch::stable::Tensor>& seed,
+                const torch::stable::Tensor& e);
+
 // The tensor itself where its last dimension is contiguous, whatever its row stride; else a contiguous copy.
 torch::stable::Tensor with_contiguous_rows(const torch::stable::Tensor& tensor);
 

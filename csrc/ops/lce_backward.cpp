@@ -150,10 +150,7 @@ std::tuple<Tensor, Tensor, Tensor> lce_backward(
               kOp, "tile_map must be int16 [", ceil_div(v, kTileColumns), ", ", n, "], but is ",
               describe(tile_map_in), " (lce_forward leaves none with need_map=False)");
     check_device(kOp, "tile_map", tile_map_in, e_in);
-    CCE_CHECK(seed && seed->scalar_type() == ScalarType::Long && seed->numel() == 1 && seed->is_cuda() &&
-                  seed->get_device_index() == e_in.get_device_index(),
-              kOp, "seed must be one int64 on e's device for the sampled method, but is ",
-              seed ? describe(*seed) : "None");
+    check_seed(kOp, seed, e_in);
   }
 
   const Sides need = {need_e, need_c, need_bias && bias.has_value()};

@@ -13,6 +13,7 @@
 #include "ops/inputs.h"
 #include "ops/namespace.h"
 #include "ops/portable.h"
+#include "ops/scan.h"
 #include "ops/workspace.h"
 
 namespace cce {
@@ -24,12 +25,23 @@ using torch::stable::Tensor;
 
 constexpr const char* kOp = CCE_OPERATOR("lce_forward: ");
 
-// The seed and the method say how the backward will visit; the forward is the same for all.
+void check_scan(const std::string& scan, const std::string& method, double eps, bool need_map,
+                const std::optional<Tensor>& seed, bool scored, const Tensor& e) {
+  CCE_CHECK(scan == "fp8", kOp, "scan must be None or 'fp8', but is '", scan, "'");
+  CCE_CHECK(method == "sampled" && need_map && eps > 0 && eps <= 0.5, kOp,
+            "scan='fp8' takes method='sampled', eps in (0, 0.5] and need_map=True, which correct the loss by "
+            "the visits; got method='",
+            method, "', eps=", eps, ", need_map=", need_map ? "True" : "False");
+  CCE_CHECK(!scored, kOp, "scan='fp8' gives neither stats nor a scale");
+  check_seed(kOp, seed, e);
+}
+
+// The seed and the method say how the backward will visit; but for a scan, the forward is the same for all.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lce_forward(
     const Tensor& e_in, const Tensor& c_in, const std::optional<Tensor>& bias, const Tensor& targets,
-    const std::optional<Tensor>&, int64_t ignore_index, std::optional<double> softcap, const std::string&,
-    double, bool, bool, bool need_map, const std::optional<Tensor>& scale, int64_t statistics,
-    bool batch_invariant) {
+    const std::optional<Tensor>& seed, int64_t ignore_index, std::optional<double> softcap,
+    const std::string& method, double eps, bool, bool, bool need_map, const std::optional<Tensor>& scale,
+    int64_t statistics, bool batch_invariant, const std::optional<std::string>& scan) {
   const DType dtype = dtype_of(kOp, e_in);
   check_inputs(kOp, e_in, c_in, bias, targets, softcap);
   check_scale(kOp, scale, e_in);
@@ -43,6 +55,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lce_forward(
   const Tensor lse = new_empty(e_in, {n}, ScalarType::Float);
   const Tensor tile_map =
       need_map ? new_empty(e_in, {tiles, n}, ScalarType::Short) : new_empty(e_in, {0, 0}, ScalarType::Short);
+  if (scan) check_scan(*scan, method, eps, need_map, seed, scale.has_value() || statistics != 0, e_in);
   const bool any = statistics != 0;
   const Tensor stats =
       new_empty(e_in, {any ? kStatistics : 0, any ? n : 0}, ScalarType::Float);
@@ -68,13 +81,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lce_forward(
   space.add(params.label_logits, n * word);
   space.add(params.live_tokens, n * word);
   space.add(params.live_count, kLiveCountBytes);
-  space.add(params.live_e, n * in.d * Workspace::kElement);
+  if (!scan) space.add(params.live_e, n * in.d * Workspace::kElement);
   space.add(params.partial_lse, plan.partials * word);
   if (any) space.add(params.partial_statistics, kPartialStatistics * plan.partials * word);
+  Workspace scanned;
+  if (scan) {
+    CCE_CHECK(plan.logits.kernel == LogitsKernel::kSm90, kOp, "scan='fp8' cannot run here: ",
+              plan.logits.reason);
+    constexpr int64_t kRowAlignment = 16;
+    params.scan.stride = round_up(in.d, kRowAlignment);
+    scanned.add(params.scan.e, n * params.scan.stride);
+    scanned.add(params.scan.c, v * params.scan.stride);
+    scanned.add(params.scan.row_scale, n * word);
+    scanned.add(params.scan.tile_scale, tiles * word);
+  }
   const Tensor memory = space.allocate(e);
+  std::optional<Tensor> scanned_memory;
+  if (scan) scanned_memory = scanned.allocate(e);
   const LabelLogitsParams label = {in, params.scale, params.label_logits};
   check_launch(kOp, launch_label_logits(label, scope.device(), scope.stream()), e);
   check_launch(kOp, launch_lce_forward(params, plan, scope.device(), scope.stream()), e);
+  if (scan) {
+    // What is allocated next may have the same memory: it is used later on the same stream.
+    scanned_memory.reset();
+    correct_scan(kOp, params, static_cast<const int64_t*>(seed->const_data_ptr()), eps, e, scope);
+  }
   return {nll, lse, tile_map, stats, argmax};
 }
 

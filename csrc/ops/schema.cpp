@@ -27,7 +27,7 @@ CCE_TORCH_LIBRARY(m) {
       "lce_forward(Tensor e, Tensor c, Tensor? bias, Tensor targets, Tensor? seed, *, "
       "SymInt ignore_index=-100, float? softcap=None, str method=\"sampled\", float eps=0.00390625, "
       "bool filter_e=True, bool filter_c=True, bool need_map=True, Tensor? scale=None, SymInt stats=0, "
-      "bool batch_invariant=False) "
+      "bool batch_invariant=False, str? scan=None) "
       "-> (Tensor nll, Tensor lse, Tensor tile_map, Tensor stats, Tensor argmax)");
   m.def(
       "lce_backward(Tensor? g_nll, Tensor? g_lse, Tensor? g_entropy, Tensor e, Tensor c, Tensor? bias, "
@@ -44,7 +44,7 @@ CCE_TORCH_LIBRARY(m) {
       "lce_forward_portable(Tensor e, Tensor c, Tensor? bias, Tensor targets, Tensor? seed, *, "
       "SymInt ignore_index=-100, float? softcap=None, str method=\"sampled\", float eps=0.00390625, "
       "bool filter_e=True, bool filter_c=True, bool need_map=True, Tensor? scale=None, SymInt stats=0, "
-      "bool batch_invariant=False) "
+      "bool batch_invariant=False, str? scan=None) "
       "-> (Tensor nll, Tensor lse, Tensor tile_map, Tensor stats, Tensor argmax)");
   m.def(
       "lce_backward_portable(Tensor? g_nll, Tensor? g_lse, Tensor? g_entropy, Tensor e, Tensor c, Tensor? "
