@@ -60,7 +60,7 @@ class LossParallel(ParallelStyle):
     def _give(self, module: nn.Module, outputs: Any, mesh: DeviceMesh) -> Any:
         if not self.use_local_output:
             return outputs
-        # Copies: fully_shard hooks what its module gives, and `loss += ..` on a view would take the hook away.
+        # Copies: autograd refuses `loss += ..` of a DTensor's view, and fully_shard warns of one.
         if isinstance(outputs, tuple):
             return tuple(x.to_local().clone() for x in outputs)
         return outputs.to_local().clone()
