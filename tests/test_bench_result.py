@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -68,3 +70,19 @@ def test_mistakes(tmp_path, capsys):
         with pytest.raises(SystemExit):
             cli.main(["result", *args])
         assert message in capsys.readouterr().err
+
+
+def test_the_picture_of_the_idea():
+    """docs/idea.svg is well-formed, has its text as text, is for light and for dark, and says what the file says."""
+    text = (RESULTS.parents[1] / "docs" / "idea.svg").read_text(encoding="utf-8")
+    svg = ElementTree.fromstring(text)
+    assert "prefers-color-scheme: dark" in text
+    texts = [x.text for x in svg.iter("{http://www.w3.org/2000/svg}text")]
+    rows = json.loads((RESULTS / "bench_h200_eps.json").read_text())["rows"]
+    gemma2 = {(r["method"], r["kind"]): r for r in rows if r["shape"] == "gemma2"}
+    dense = f"{gemma2['baseline', 'loss-bw']['runtime_ms']:.1f} ms"
+    ours = f"{gemma2['cce', 'loss-bw']['runtime_ms']:.1f} ms"
+    gigabytes = f"{gemma2['baseline', 'loss-fw-bw']['op_mem_mb'] / 1000:.0f} GB"
+    assert ours in texts and f"{dense}, with a peak of {gigabytes}" in texts
+    widths = [float(x) for x in re.findall(r'<rect class="(?:drawn|dense)" x="92" y="\d+" width="(\d+)"', text)]
+    assert widths[0] / widths[1] == pytest.approx(float(ours.split()[0]) / float(dense.split()[0]), rel=0.03)
