@@ -11,6 +11,7 @@
     python -m bench --data saved:FILE                  e, c and targets of a real model
     python -m bench --data lm saved:FILE --methods eps  both, and what the sampling eps costs and buys
     python -m bench plot FILE.. [--out FILE.png]       time against memory, cost against V and N
+    python -m bench result FILE [--out FILE.png]       one run's time against memory, with gradient errors, for readers
     python -m bench eps FILE.. [--out FILE.md]         time against gradient error, dense PyTorch first
 
 Times are medians of CUDA events (or of the clock, on a CPU), with the methods taking turns; x mm is the ratio to the
@@ -39,7 +40,7 @@ from .peers.methods import EPS, GROUPS, METHODS, packages
 from .problems import inputs, regimes, shapes
 from .problems.inputs import Problem
 from .problems.shapes import Shape
-from .report import eps, files, origin, plot, tables
+from .report import eps, files, origin, plot, result, tables
 
 RESULTS = child.ROOT / "bench" / "results"
 DEFAULT_SHAPE = {"cuda": "gemma2", "cpu": "1024,256,16384"}
@@ -231,6 +232,8 @@ def run(args: argparse.Namespace, todo: list[Task]) -> int:
 def main(argv: list[str]) -> int:
     if argv[:1] == ["plot"]:
         return plot.main(argv[1:])
+    if argv[:1] == ["result"]:
+        return result.main(argv[1:])
     if argv[:1] == ["eps"]:
         return eps.main(argv[1:])
     return run(*parse_arguments(argv))

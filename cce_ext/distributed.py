@@ -60,7 +60,10 @@ class LossParallel(ParallelStyle):
     def _give(self, module: nn.Module, outputs: Any, mesh: DeviceMesh) -> Any:
         if not self.use_local_output:
             return outputs
-        return tuple(x.to_local() for x in outputs) if isinstance(outputs, tuple) else outputs.to_local()
+        # Copies: autograd refuses `loss += ..` of a DTensor's view, and fully_shard warns of one.
+        if isinstance(outputs, tuple):
+            return tuple(x.to_local().clone() for x in outputs)
+        return outputs.to_local().clone()
 
 
 class Local(NamedTuple):

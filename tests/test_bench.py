@@ -391,6 +391,7 @@ def test_arguments():
     [
         "bench",
         "bench plot",
+        "bench result",
         "bench eps",
         "bench.studies.forward",
         "bench.studies.backward",
