@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.logprobs import ALL, DIFFERENTIABLE, confident, dense, gradients, ours, temperatures, upstream
+from support.logprobs import ALL, DIFFERENTIABLE, FIELDS, confident, dense, gradients, ours, temperatures, upstream
 from support.problems import assert_as_good_as_dense, error, peaked, uniform
 
 from cce_ext import IMPLS, LogProbs, linear_cross_entropy, linear_logprobs
@@ -33,7 +33,7 @@ def both(p, softcap=None, **options):
 def assert_close(out: LogProbs, expected: LogProbs, tolerance: float) -> None:
     """To a rounding of the largest number on the way: of logits, which are differences' terms."""
     largest = max(1.0, expected.lse.abs().max().item(), expected.logprobs.abs().max().item())
-    for name, x, y in zip(LogProbs._fields, out, expected, strict=True):
+    for name, x, y in zip(FIELDS, out, expected, strict=True):
         if x.dtype == torch.bool:
             assert torch.equal(x, y), name
         else:
@@ -76,7 +76,7 @@ def test_what_is_not_asked_for_is_none(device):
     assert linear_logprobs(p.e, p.c, p.targets)[3:] == (None,) * 4
     for name in ALL:
         out = ours(p, outputs=(name,))
-        for field, x, y in zip(LogProbs._fields, out, every, strict=True):
+        for field, x, y in zip(FIELDS, out, every, strict=True):
             if field in ("logprobs", "lse", name):
                 torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
             else:

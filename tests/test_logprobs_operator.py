@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.logprobs import ALL, dense, gradients, ours, temperatures, upstream
+from support.logprobs import ALL, FIELDS, dense, gradients, ours, temperatures, upstream
 from support.problems import error, peaked
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -70,7 +70,7 @@ def test_the_function_and_the_operator_agree(device):
     ):
         others = {**others, "outputs": "is_top1"} if others.get("outputs") == ("is_top1",) else others
         out = linear_logprobs(p.e, p.c, p.targets, p.bias, **options)
-        for name, x, y in zip(LogProbs._fields, out, operator(p.e, p.c, p.targets, p.bias, **others), strict=True):
+        for name, x, y in zip(FIELDS, out, operator(p.e, p.c, p.targets, p.bias, **others), strict=True):
             assert (
                 (y.shape == (0,) and y.is_floating_point() == (name != "is_top1")) if x is None else torch.equal(x, y)
             )
@@ -262,7 +262,7 @@ def test_batch_invariance(d, v, softcap, bias, dtype, device):
             if ignored:
                 q = replace(q, e=q.e.masked_fill(drop[:, None], float("nan")))
             part = ours(q, temperature=of_tokens[i], batch_invariant=True)
-            for name, x, y in zip(LogProbs._fields, part, whole, strict=True):
+            for name, x, y in zip(FIELDS, part, whole, strict=True):
                 assert torch.equal(x[~drop], y[i][~drop]), name
 
 

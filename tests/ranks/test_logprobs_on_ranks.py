@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.logprobs import ALL, dense, gradients, ours, temperatures, upstream
+from support.logprobs import ALL, FIELDS, dense, gradients, ours, temperatures, upstream
 from support.problems import peaked
 from support.sharded import (
     BATCH,
@@ -26,7 +26,7 @@ from support.sharded import (
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from cce_ext import LogProbs, linear_logprobs, vocab_parallel
+from cce_ext import linear_logprobs, vocab_parallel
 from cce_ext.distributed import VocabParallelOptions
 
 OPTIONS = {
@@ -46,7 +46,7 @@ def check_shards(p, options, function=linear_logprobs, **more):
         *(q.e, q.c, q.targets, q.bias), softcap=p.softcap, outputs=ALL, vocab_parallel_options=options, **more
     )
     expected = dense(whole, **given)
-    for name, x, y in zip(LogProbs._fields, out, expected, strict=True):
+    for name, x, y in zip(FIELDS, out, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
         assert_same_everywhere(x.detach())
     for which in ((0, 1, 2), (0,), (2,)):

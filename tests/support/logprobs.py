@@ -14,6 +14,7 @@ from cce_ext import LogProbs, linear_logprobs
 from support.problems import Problem, peaked
 
 ALL = ("entropy", "is_top1", "log_sum_sq_probs", "mean_logits", "max_logprob")
+FIELDS = ("logprobs", "lse", *ALL)
 DIFFERENTIABLE = ("logprobs", "lse", "entropy")
 
 
