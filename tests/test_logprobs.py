@@ -10,7 +10,7 @@ import torch
 from support.logprobs import ALL, DIFFERENTIABLE, FIELDS, confident, dense, gradients, ours, temperatures, upstream
 from support.problems import assert_as_good_as_dense, error, peaked, uniform
 
-from cce_ext import IMPLS, LogProbs, linear_cross_entropy, linear_logprobs
+from cce_ext import IMPLS, LogProbs, classifier, linear_cross_entropy, linear_logprobs
 
 KERNELS = [x for x in IMPLS if x != "torch_compile"]
 EXACT = ["cce_exact", "reference"]
@@ -20,6 +20,14 @@ OPTIONS = {
     "softcap and scale": {"softcap": 5.0, "logit_scale": 0.5, "temperature": 1.3},
 }
 options_of = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """The portable kernels take some 16 tokens and a vocab tile at a time."""
+    monkeypatch.setattr(classifier, "BLOCK_LOGITS", {"cpu": 1 << 12})
+    monkeypatch.setattr(classifier, "BLOCK_LOGITS_DEFAULT", 1 << 12)
+    monkeypatch.setattr(classifier, "BLOCK_ROWS", 16)
 
 
 def both(p, softcap=None, **options):
@@ -54,6 +62,16 @@ def test_values(options, impl, dtype, device):
     assert all(x.dtype == (torch.bool if name == "is_top1" else dtype) for name, x in out._asdict().items())
     assert_close(out, expected, 1e-11 if dtype == torch.float64 else 1e-6)
     assert out.is_top1.any() and not out.is_top1.all()
+
+
+@options_of
+def test_blocks(options, device, small_blocks):
+    """Of tokens and of columns, with tails, as they are at full size."""
+    p = peaked(61, 24, 3001, dtype=torch.float64, device=device, bias=True, ignored=0.2)
+    leaf, out, exact, expected = both(p, impl="cce_exact", **options)
+    assert_close(out, expected, 1e-11)
+    for x, y in zip(gradients(out, leaf, upstream(p)), gradients(expected, exact, upstream(p)), strict=True):
+        assert error(x, y) < 1e-11
 
 
 @pytest.mark.parametrize("impl", ["cce", "reference"])
@@ -114,13 +132,13 @@ def test_shift_moves_targets_and_their_temperatures(device):
 
 
 @pytest.mark.parametrize("impl", ["cce", "reference"])
-def test_the_first_of_equal_logits_is_the_top(impl, device):
-    """In one vocab tile, in two blocks of columns, and at the end."""
-    v = 200_000
-    p = peaked(6, 8, v, device=device)
+@pytest.mark.parametrize("columns", [(5, 90, 1500, 2999), (300, 310, 1500, 2999), (2000, 2001, 2300, 2999)], ids=str)
+def test_the_first_of_equal_logits_is_the_top(impl, columns, device, small_blocks):
+    """In one vocab tile, in several blocks of columns, and at the end."""
+    p = peaked(6, 8, 3000, device=device)
     e, c = torch.ones_like(p.e), -p.c.abs()
-    c[[5, 90, 150_000, v - 1]] = 1.0
-    targets = torch.tensor([5, 90, 150_000, v - 1, 5, 7], device=device)
+    c[list(columns)] = 1.0
+    targets = torch.tensor([*columns, columns[0], 7], device=device)
     out = ours(replace(p, e=e, c=c, targets=targets), impl=impl)
     assert out.is_top1.tolist() == [True, False, False, False, True, False]
 
