@@ -103,8 +103,8 @@ class _LceForward(torch.autograd.Function):
         ctx: Any, g_nll: Tensor | None, g_lse: Tensor | None, g_map: None, g_stats: Tensor | None, g_argmax: None
     ) -> tuple[Tensor | None, ...]:
         *saved, stats, seed, scale = ctx.saved_tensors
-        ups = (g_nll, g_lse, None if g_stats is None else g_stats[0])
         entropy = None if stats is None else stats[0]
+        ups = (g_nll, g_lse, None if g_stats is None or entropy is None else g_stats[0])
         d_e, d_c, d_bias = gradients(ups, (*saved, entropy, seed), scale, ctx.options, ctx.needs_input_grad[1:4])
         return None, d_e, d_c, d_bias, None, None, None, None
 

@@ -209,14 +209,16 @@ def _check_temperature(temperature: Tensor, targets: Tensor) -> None:
 
 def _scale(call: Call, factor: float | None, logit_scale: float, ignore_index: int) -> Tensor | None:
     """What multiplies the logits of each token [N], None for 1. factor: it where the temperature is no tensor."""
-    dtype, n = accumulate_dtype(call.e), len(call.labels)
+    dtype, n = accumulate_dtype(call.e), call.labels.shape[0]
     if factor is not None:
         return None if factor == 1.0 else call.e.new_full((n,), factor, dtype=dtype)
     temperature, ignored = call.temperature, call.labels == ignore_index
     assert temperature is not None
     if temperature.device != call.e.device:
         raise ValueError(f"temperature: expected {call.e.device} like hidden, got {temperature.device}")
-    if not torch.compiler.is_compiling() and may_look_at(temperature):
+    # What a graph is traced by is a subclass, and has no values.
+    is_plain = not torch.compiler.is_compiling() and type(unwrapped(temperature)) in (Tensor, torch.nn.Parameter)
+    if is_plain and may_look_at(temperature):
         bad = unwrapped(~(temperature > 0) & ~ignored).flatten()
         if bool(bad.any()):
             values = unwrapped(temperature.expand(n)).flatten()

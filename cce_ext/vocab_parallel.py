@@ -331,8 +331,10 @@ class _LceForward(torch.autograd.Function):
             # Elsewhere a token's loss is its lse alone, which has all of this shard's columns.
             elsewhere = g_nll.masked_fill(mine, 0.0)
             g_nll, g_lse = g_nll.masked_fill(~mine, 0.0), elsewhere if g_lse is None else g_lse + elsewhere
+        # A compiler gives what has no gradient one.
+        g_entropy = None if g_rows is None or entropy is None else g_rows[0]
         d_e, d_c, d_bias = gradients(
-            (g_nll, g_lse, None if g_rows is None else g_rows[0]),
+            (g_nll, g_lse, g_entropy),
             (e, c, bias, labels, relative, lse, tile_map, entropy, seed),
             scale,
             {"ignore_index": _IGNORED, **ctx.options},

@@ -39,6 +39,9 @@ RUN: dict[str, Callable[[dict[str, Any]], bool]] = {
     "index.md": lambda x: bool(x["classifier"].weight.grad.norm() > 0 and x["hidden"].grad.norm() > 0),
     "start.md": lambda x: x["losses"][0] > 8 > x["losses"][-1] > 0,  # log 5000 is 8.5
     "gradient.md": lambda x: bool(x["error_of_one"] > 0.01 and x["error_of_the_mean"] < 0.5 * x["error_of_one"]),
+    "logprobs.md": lambda x: bool(
+        (x["entropy"] > 0).all() and x["hidden"].grad.norm() > 0 and x["weight"].grad.isfinite().all()
+    ),
     "transformers.md": lambda x: (
         x["patched"].logits is None and math.isclose(x["before"].loss.item(), x["patched"].loss.item(), rel_tol=1e-5)
     ),
