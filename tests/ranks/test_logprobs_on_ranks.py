@@ -10,6 +10,7 @@ from support.logprobs import ALL, FIELDS, dense, gradients, ours, temperatures, 
 from support.problems import peaked
 from support.sharded import (
     BATCH,
+    DEVICE,
     EXACT,
     LENGTH,
     VOCAB,
@@ -218,7 +219,7 @@ def test_one_temperature_beside_dtensors(mesh):
     p = problem()
     e, c, targets = (distribute_tensor(x, mesh, [y]) for x, y in ((p.e, R), (p.c, S(0)), (p.targets, R)))
     expected = dense(replace(p, bias=None), temperature=0.7).logprobs
-    one = torch.tensor([0.7], dtype=torch.float64)
+    one = torch.tensor([0.7], dtype=torch.float64, device=DEVICE)
     for temperature in (0.7, one, distribute_tensor(one, mesh, [R])):
         out = linear_logprobs(e, c, targets, temperature=temperature)
         torch.testing.assert_close(out.logprobs.full_tensor(), expected)

@@ -49,7 +49,7 @@ def test_ranks_draw_of_their_own(ranks):
 
 def test_ranks_of_other_tokens_draw_of_their_own(mesh):
     """The same tokens on all ranks, seeded alike."""
-    p = spiked(3, 8192)
+    p = spiked(3, 16384)
     e, targets = (DTensor.from_local(x, mesh, [S(0)]) for x in (p.e, p.targets))
     c = distribute_tensor(p.c, mesh, [R]).requires_grad_()
     with visits_alone():
