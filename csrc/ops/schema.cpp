@@ -12,11 +12,10 @@ CCE_TORCH_LIBRARY(m) {
   // temperatures: of the targets' shape, in temperature's place. outputs: names, with commas in between. What
   // they do not name is [0].
   m.def(
-      "linear_logprobs(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias=None, *, float "
-      "temperature=1.0, "
-      "Tensor? temperatures=None, float? softcap=None, float logit_scale=1.0, SymInt ignore_index=-100, "
-      "SymInt shift=0, str outputs=\"entropy\", str impl=\"cce\", float? filter_eps=-1.0, "
-      "bool batch_invariant=False) "
+      "linear_logprobs(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias=None, *, "
+      "float temperature=1.0, Tensor? temperatures=None, float? softcap=None, float logit_scale=1.0, "
+      "SymInt ignore_index=-100, SymInt shift=0, str outputs=\"entropy\", str impl=\"cce\", "
+      "float? filter_eps=-1.0, bool batch_invariant=False) "
       "-> (Tensor logprobs, Tensor lse, Tensor entropy, Tensor is_top1, Tensor log_sum_sq_probs, "
       "Tensor mean_logits, Tensor max_logprob)");
   // A token's logits are scale (fp32, fp64 for fp64 e; [N], positive) times softcap(e . c + bias). stats: a
