@@ -2,11 +2,10 @@
 
 A line
 
-    <!-- include README.md: Which impl -->
+    <!-- include README.md: Two commands -->
 
-in a page stands for that section of the file, without its heading. Without `: Which impl` it stands for the whole file;
-with `, from "What eps"` behind it, for the end of the section, from the paragraph that begins so. So a text is in one
-place.
+in a page stands for that section of the file, without its heading. Without `: Two commands` it stands for the whole
+file. So a text is in one place.
 
 Links are relative to the file that they stand in, as GitHub has them. Those that leave docs/ lead to the repository,
 whose address is repo_url of mkdocs.yml; where that is not set, their text is left. What is included or linked to and is
@@ -23,9 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = "docs"
 
-_INCLUDE = re.compile(
-    r'^<!-- include (?P<file>[\w./-]+)(?:: (?P<heading>.+?))?(?:, from "(?P<start>.+?)")? -->$', re.MULTILINE
-)
+_INCLUDE = re.compile(r"^<!-- include (?P<file>[\w./-]+)(?:: (?P<heading>.+?))? -->$", re.MULTILINE)
 _HEADING = re.compile(r"^(#{1,6}) (.+)$")
 _FENCE = re.compile(r"^\s*(```|~~~)")
 # [text](target) and ![text](target); the text may hold one more pair of brackets, such as a linked `image`.
@@ -84,11 +81,6 @@ def assembled(text: str, page: str, repository: str | None) -> str:
         if not file.is_file():
             raise DocsError(f"docs/{page} includes {line['file']}, which is not there")
         part = section(file.read_text(encoding="utf-8"), line["heading"], line["file"])
-        if line["start"]:
-            _, found, rest = f"\n\n{part}".partition(f"\n\n{line['start']}")
-            if not found:
-                raise DocsError(f"{line['file']} has no paragraph that begins with {line['start']!r}")
-            part = line["start"] + rest
         return moved_links(part, line["file"], page, repository)
 
     # The page's own links first: those of what it includes are relative to other files.

@@ -1,4 +1,4 @@
-"""One wheel with several versions of torch, each in an environment of its own: what README says was run.
+"""One wheel with several versions of torch, each in an environment of its own: what docs/start.md says was run.
 
     python packaging/try_torches.py --wheel dist/cce_ext-X.Y.Z-py3-none-manylinux_2_28_x86_64.whl 2.10.0 2.14.1
 
@@ -105,7 +105,7 @@ def passed(row: Row) -> bool:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown, as in README.md."""
+    """Markdown, as in docs/start.md."""
     header = ("torch", "Python", *CHECKS)
     lines = [header, ("---",) * len(header)]
     lines += [(row["torch"] or row["version"], row["python"] or "-", *(row[check] for check in CHECKS)) for row in rows]

@@ -238,9 +238,9 @@ def test_reductions():
 
 
 def test_readme_perplexity():
-    """The README's own lines."""
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    (example,) = [code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "perplexity =" in code]
+    """The lines of docs/transformers.md."""
+    page = (Path(__file__).parents[1] / "docs" / "transformers.md").read_text(encoding="utf-8")
+    (example,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "perplexity =" in code]
     model, inputs = tiny(), batch()
     logits = model(input_ids=inputs["input_ids"]).logits
     expected = [F.cross_entropy(z[:-1], y[1:]).exp() for z, y in zip(logits, inputs["labels"], strict=True)]

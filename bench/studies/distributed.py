@@ -38,7 +38,7 @@ from ..report import files, origin
 
 DEFAULT_SHAPES = {"cuda": ["gemma2", "8192,4096,262144"], "cpu": ["512,128,8192"]}
 VOCABULARIES, RANKS = (256000, 1 << 20), (2, 8, 64, 1024)
-# What the loss needs a token besides what grows with the width and the vocabulary: README.md, "Limits".
+# What the loss needs a token besides what grows with the width and the vocabulary: docs/faq.md, "Limits".
 TOKEN_BYTES = 2.3e3
 LENT_FROM = 12  # rows of c a token from which dE's sums lie in dC
 
