@@ -25,6 +25,7 @@ from .options import (
     check_softcap,
 )
 from .reduction import reduce_tokens
+from .scan import check_scan, scan_in_training
 from .vocab_parallel import VocabParallelOptions
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def linear_cross_entropy(
     generator: torch.Generator | None = ...,
     label_smoothing: float = ...,
     weight: Tensor | None = ...,
+    scan: Literal["fp8"] | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -108,6 +110,7 @@ def linear_cross_entropy(
     generator: torch.Generator | None = None,
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
+    scan: Literal["fp8"] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of the linear classifier e @ c.T + bias, without its logits.
 
@@ -145,6 +148,10 @@ def linear_cross_entropy(
         weight: [V] of any float dtype, what each class counts for, as in F.cross_entropy: "mean" divides by the sum of
             the labels' weights. With vocab_parallel_options those of this rank's rows; beside DTensors a plain one is
             the whole. Needs no gradient and has none.
+        scan: "fp8" scans the logits in 8 bits and corrects loss and lse by what the sampled gradient visits, in e's
+            dtype: they are unbiased estimates then, with less noise than rounding the logits to 16 bits has
+            (docs/gradient.md). For training with a sampled impl on Hopper, in bf16 or fp16; anything else is an error.
+            None computes all logits in e's dtype.
 
     e, c, bias and targets may be DTensors of one mesh (docs/distributed.md says which placements): the loss and lse are
     those of the whole tensors, and DTensors as well.
@@ -179,6 +186,7 @@ def linear_cross_entropy(
         generator=generator,
         label_smoothing=label_smoothing,
         weight=weight,
+        scan=scan,
     )
     loss, lse = _loss_and_lse(e, c, targets, bias, options)
     return (loss, lse) if return_lse else loss
@@ -228,14 +236,30 @@ class LinearCrossEntropy(nn.Module):
     def forward(
         self, e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """e [.., D], c [V, D], targets [..], bias [V]: returns and raises as linear_cross_entropy."""
+        """e [.., D], c [V, D], targets [..], bias [V]: returns and raises as linear_cross_entropy.
+
+        Where no gradient is computed scan is left out: a loss that is not trained by has its logits in e's dtype.
+        """
         options = {**self.options, "weight": self.weight}
-        out: Tensor | tuple[Tensor, Tensor] = linear_cross_entropy(e, c, targets, bias, **options)
+        out: Tensor | tuple[Tensor, Tensor] = module_loss(e, c, targets, bias, **options)
         return out
 
     def extra_repr(self) -> str:
         weight = "" if self.weight is None else f", weight=[{len(self.weight)}]"
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items()) + weight
+
+
+def module_loss(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scan: Literal["fp8"] | None = None,
+    **options: Any,
+) -> Any:
+    """linear_cross_entropy of what evaluates by the same call as it trains by: scan is for the latter alone."""
+    return linear_cross_entropy(e, c, targets, bias, scan=scan_in_training(scan, e, c, bias), **options)
 
 
 def _loss_and_lse(
@@ -246,6 +270,7 @@ def _loss_and_lse(
     check_reduction(options.reduction, options.mean_group)
     check_softcap(softcap)
     check_label_smoothing(s, softcap)
+    check_scan(options)
     call = prepare(e, c, targets, bias, options, shared_numbers=functools.partial(smoothing.shared_numbers, s=s))
     weight, labels, ignore_index = call.weight, call.labels, options.ignore_index
     counts: Any = labels != ignore_index if weight is not None or s else None

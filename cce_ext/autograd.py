@@ -70,7 +70,7 @@ def lce_forward(
 
 
 # Of lce_forward alone.
-OF_FORWARD = ("need_map", "stats", "batch_invariant")
+OF_FORWARD = ("need_map", "stats", "batch_invariant", "scan")
 
 
 class _LceForward(torch.autograd.Function):

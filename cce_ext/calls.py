@@ -34,6 +34,7 @@ from .options import (
     unwrapped,
 )
 from .reduction import is_dtensor
+from .scan import check_scan_call
 from .vocab_parallel import VocabShard
 
 # One int64 holds all the randomness of a call; 2^63 - 1 is the widest range torch.randint takes.
@@ -158,6 +159,9 @@ def outputs_of(
         more["batch_invariant"] = True
     if scale is not None:
         more["scale"] = scale
+    if options.scan is not None:
+        check_scan_call(options.scan, call.e, call.may_train)
+        more["scan"] = options.scan
     forward: Callable[..., Any] = lce_forward
     if shard is not None:
         forward = functools.partial(vocab_parallel.lce_forward, shard)
@@ -165,7 +169,8 @@ def outputs_of(
         *(call.e, call.c, call.bias, call.labels, _seed(call, method, options)),
         ignore_index=ignore_index,
         softcap=softcap,
-        need_map=call.may_train and torch.is_grad_enabled() and method.needs_map,
+        # The scan draws by the map itself.
+        need_map=options.scan is not None or call.may_train and torch.is_grad_enabled() and method.needs_map,
         **method.keywords(),
         **more,
     )

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .api import linear_cross_entropy
+from .api import module_loss
 
 __all__ = ["CCEForCausalLMLoss"]
 
 # Keywords of linear_cross_entropy that a call may give.
-_GRADIENT_OPTIONS = ("impl", "filter_eps", "accum_e_fp32", "accum_c_fp32", "filter_e_grad", "filter_c_grad")
+_GRADIENT_OPTIONS = ("impl", "filter_eps", "accum_e_fp32", "accum_c_fp32", "filter_e_grad", "filter_c_grad", "scan")
 
 # What LigerForCausalLMLoss knows and this loss does not, with the values at which it changes nothing.
 _UNKNOWN_OPTIONS: Mapping[str, tuple[Any, ...]] = {
@@ -73,7 +73,8 @@ class CCEForCausalLMLoss(nn.Module):
             lm_head_weight: [V, D] of the same dtype and device.
             lm_head_bias: [V] or None.
             kwargs: hidden_size (D), final_logit_softcapping (a number or None), and linear_cross_entropy's impl,
-                filter_eps, accum_e_fp32, accum_c_fp32, filter_e_grad and filter_c_grad. Others are a model's own.
+                filter_eps, accum_e_fp32, accum_c_fp32, filter_e_grad, filter_c_grad and scan, which is left out where
+                no gradient is computed. Others are a model's own.
 
         Returns: a scalar, fp32 (fp64 for fp64 inputs).
 
@@ -110,7 +111,7 @@ class CCEForCausalLMLoss(nn.Module):
         else:
             targets = shift_labels
         options = {name: kwargs[name] for name in _GRADIENT_OPTIONS if name in kwargs}
-        loss: Tensor = linear_cross_entropy(
+        loss: Tensor = module_loss(
             hidden_states,
             lm_head_weight,
             targets.to(hidden_states.device),

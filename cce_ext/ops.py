@@ -30,6 +30,7 @@ from .options import (
     may_look_at,
 )
 from .sampling import num_tiles
+from .scan import check_scan_kernel, refuse_scan
 
 HAS_CUDA: bool = json.loads(ops.build_info())["cuda"]
 
@@ -70,11 +71,14 @@ def _lce_forward(
     need_map: bool = True,
     stats: int = 0,
     batch_invariant: bool = False,
+    scan: str | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, ...]:
     options = _checked(e, c, bias, targets, keywords)
     if not 0 <= stats < 1 << STATS_ROWS:
         raise ValueError(f"stats: expected a sum of 1, 2, 4 and 8, got {stats}")
+    check_scan_kernel(scan, e, seed, options, need_map, stats, batch_invariant)
+    refuse_scan(scan, e)
     if may_look_at(targets):
         check_target_range(targets, len(c), options.ignore_index)
     # The operator where it has a kernel of its own; elsewhere it would only be a longer way to the same function.
@@ -150,9 +154,11 @@ def _lce_forward_fake(
     need_map: bool = True,
     stats: int = 0,
     batch_invariant: bool = False,
+    scan: str | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, ...]:
-    _checked(e, c, bias, targets, keywords)
+    options = _checked(e, c, bias, targets, keywords)
+    check_scan_kernel(scan, e, seed, options, need_map, stats, batch_invariant)
     n, dtype = e.shape[0], accumulate_dtype(e)
     tiles = (num_tiles(c.shape[0]), n) if need_map else (0, 0)
     return (

@@ -95,6 +95,7 @@ class Options:
     generator: torch.Generator | None = None
     label_smoothing: float = 0.0
     weight: Tensor | None = None
+    scan: Literal["fp8"] | None = None
 
     def check(self) -> None:
         """Raises ValueError and TypeError for options that no call could take."""
@@ -110,6 +111,9 @@ class Options:
             )
         if self.impl not in DENSE:
             resolve_method(self, torch.float32)
+        from .scan import check_scan  # which is of these options
+
+        check_scan(self)
 
 
 class GradientOptions(TypedDict, total=False):
@@ -131,6 +135,7 @@ class LossOptions(GradientOptions, total=False):
     generator: torch.Generator | None
     label_smoothing: float
     weight: Tensor | None
+    scan: Literal["fp8"] | None
 
 
 @dataclass(frozen=True)

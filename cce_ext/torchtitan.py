@@ -10,12 +10,12 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .api import linear_cross_entropy
+from .api import module_loss
 from .module_calls import forward_replaced
 from .options import FilterEps, Options
 
@@ -59,13 +59,17 @@ class CCELoss(ChunkedLossWrapper):  # type: ignore[misc]
 
     @dataclass(kw_only=True, slots=True)
     class Config(BaseLoss.Config):  # type: ignore[misc]
-        """As in linear_cross_entropy. softcap is that of the model's logits, where lm_head itself has none."""
+        """As in linear_cross_entropy. softcap is that of the model's logits, where lm_head itself has none.
+
+        scan is left out where no gradient is computed: validation has its logits in lm_head's dtype.
+        """
 
         impl: str = "cce"
         filter_eps: FilterEps = "auto"
         filter_e_grad: bool = True
         filter_c_grad: bool = True
         softcap: float | None = None
+        scan: Literal["fp8"] | None = None
 
     def __init__(self, config: Config, *, compile_config: Any = None) -> None:
         """Compiled where compile_config asks for "loss". Raises ValueError and TypeError for options."""
@@ -73,7 +77,7 @@ class CCELoss(ChunkedLossWrapper):  # type: ignore[misc]
         options = Options(reduction="sum", ignore_index=IGNORE_INDEX, **given)
         options.check()
         self.lm_head: nn.Module | None = None
-        self.fn: Callable[..., Tensor] = functools.partial(linear_cross_entropy, **vars(options))
+        self.fn: Callable[..., Tensor] = functools.partial(module_loss, **vars(options))
         self._maybe_compile(compile_config)
 
     def set_lm_head(self, lm_head: nn.Module) -> None:

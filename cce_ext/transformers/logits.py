@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from ..api import linear_cross_entropy
+from ..api import module_loss
 from ..module_calls import forward_replaced
 from .peft import peft_classifier
 
@@ -74,7 +74,7 @@ class PromisedLogits:
         if not math.isclose(scale, 1.0, rel_tol=1e-12):
             # e is the smaller one; in 16 bits a scale that is no power of two rounds it once more.
             e, bias = e * scale, None if bias is None else bias * scale
-        loss: Tensor = linear_cross_entropy(e, c, targets, bias, softcap=softcap, **options)
+        loss: Tensor = module_loss(e, c, targets, bias, softcap=softcap, **options)
         return loss
 
     def _with(self, scale: float, cap: float | None) -> PromisedLogits:

@@ -6,7 +6,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import torch
 import transformers
@@ -29,6 +29,7 @@ class PatchOptions(GradientOptions, total=False):
 
     train_only: bool
     label_smoothing: float
+    scan: Literal["fp8"] | None
 
 
 @overload
@@ -61,6 +62,7 @@ def cce_patch(
     train_only: bool = False,
     *,
     label_smoothing: float = 0.0,
+    scan: Literal["fp8"] | None = None,
 ) -> nn.Module | None:
     """Let a causal LM compute its loss by linear_cross_entropy: wherever it is given labels, and with logits None.
 
@@ -87,6 +89,8 @@ def cce_patch(
             otherwise it is given an empty tuple.
         label_smoothing: as in linear_cross_entropy, and instead of the Trainer's label_smoothing_factor, which takes
             the labels away from the model. A model with a softcap has none.
+        scan: as in linear_cross_entropy, in training. Evaluation uses the 16-bit forward: where no gradient is computed
+            (torch.no_grad, torch.inference_mode, nothing that requires one) scan is left out.
 
     Returns:
         The model, None for a type or a config.
@@ -106,6 +110,7 @@ def cce_patch(
         "filter_e_grad": filter_e_grad,
         "filter_c_grad": filter_c_grad,
         "label_smoothing": label_smoothing,
+        "scan": scan,
     }
     Options(**options).check()
     options["train_only"] = train_only

@@ -8,7 +8,7 @@ CCE_TORCH_LIBRARY(m) {
   m.def(
       "linear_cross_entropy(Tensor e, Tensor c, Tensor targets, Tensor? bias=None, SymInt ignore_index=-100, "
       "float? softcap=None, str reduction=\"mean\", SymInt shift=0, float? filter_eps=-1.0, "
-      "bool filter_e_grad=True, bool filter_c_grad=True, str impl=\"cce\") -> Tensor");
+      "bool filter_e_grad=True, bool filter_c_grad=True, str impl=\"cce\", str? scan=None) -> Tensor");
   // temperatures: of the targets' shape, in temperature's place. outputs: names, with commas in between. What
   // they do not name is [0].
   m.def(
@@ -22,6 +22,9 @@ CCE_TORCH_LIBRARY(m) {
   // sum of 1 entropy, 2 the logarithm of the sum of p^2, 4 the mean of the logits, 8 the largest logit and
   // argmax, the first column that has it. The output stats is [4, N], 0 in rows that are not asked for, or
   // [0, 0]; argmax [N] int64 or [0]. Of stats the entropy alone has a gradient.
+  // scan "fp8": the logits are scanned in e4m3, the tile map is the scan's, and nll and lse are corrected by
+  // what seed draws, unbiased. For CUDA's 16 bits on compute capability 9.0, with method "sampled", a seed,
+  // need_map, no scale, no stats and no batch_invariant.
   m.def(
       "lce_forward(Tensor e, Tensor c, Tensor? bias, Tensor targets, Tensor? seed, *, "
       "SymInt ignore_index=-100, float? softcap=None, str method=\"sampled\", float eps=0.00390625, "
