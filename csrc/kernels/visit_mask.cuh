@@ -20,6 +20,7 @@ struct VisitMaskArguments {
   const float* nll;          // [n]: the tile map's reference is so far below the log-sum-exp
   const uint16_t* tile_map;  // [tiles, n]
   const int64_t* seed;       // one
+  int64_t salt;              // of other draws by the same seed
   const uint32_t* largest;
   VisitRate rate;
   Softcap softcap;
@@ -51,7 +52,7 @@ __global__ void __launch_bounds__(kMaskThreads)
   const unsigned token_blocks = static_cast<unsigned>(a.n + kChainTokens - 1) / kChainTokens;
   const int block = static_cast<int>(blockIdx.x % token_blocks);
   const int first = block * kChainTokens;
-  const int64_t seed = *a.seed;
+  const int64_t seed = *a.seed ^ a.salt;
   const GradientScale<Element> scale(*a.largest);
   const int first_of_cell = static_cast<int>(blockIdx.x / token_blocks) * kChainTiles;
   const int begin = first_of_cell + warp * kMaskTiles;

@@ -57,6 +57,7 @@ cudaError_t find_visits(const LceBackwardParams& p, const VisitsScratch& scratch
   m.nll = p.nll;
   m.tile_map = static_cast<const uint16_t*>(scratch.tile_map);
   m.seed = scratch.seed;
+  m.salt = scratch.salt;
   m.largest = &control_of(p)->largest;
   m.rate = visit_rate(scratch.eps, plan.tiles);
   m.softcap = softcap_of(p.in);

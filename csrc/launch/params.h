@@ -112,6 +112,7 @@ struct ExactScratch {
 struct VisitsScratch {
   const void* tile_map;  // [tiles, n] codes of 16 bits, of the forward
   const int64_t* seed;   // one
+  int64_t salt;          // 0, or what other draws by the same seed have
   double eps;
   void* mask;            // [tiles, mask words]
   void* counts;          // [tiles]

@@ -36,6 +36,9 @@ void correct_scan(const char* op, const LceForwardParams& params, const int64_t*
   visits.lse = params.lse;
   scratch.tile_map = params.tile_map;
   scratch.seed = seed;
+  // The backward's visits must not be the same: an error of the log-sum-exp would go with them.
+  constexpr int64_t kScanSalt = int64_t{0x5ca4} << 40;
+  scratch.salt = kScanSalt;
   scratch.eps = eps;
   check_launch(op, launch_scan_correction(params, visits, scratch, plan, scope.device(), scope.stream()), e);
 }
