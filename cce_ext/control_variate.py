@@ -52,16 +52,19 @@ def remainders(
 
 
 class ControlVariate:
-    """Of one backward: a classifier, tokens e [N, D], which of them are live, and their log-sum-exps."""
+    """Of one backward: a classifier, tokens e [N, D], which are live, their log-sum-exps and their logits' scale."""
 
-    def __init__(self, classifier: Classifier, e: Tensor, live: Tensor, lse: Tensor) -> None:
+    def __init__(
+        self, classifier: Classifier, e: Tensor, live: Tensor, lse: Tensor, scale: Tensor | None = None
+    ) -> None:
         self.classifier, self.e, self.live = classifier, e, live
         total = torch.zeros(e.shape[1], dtype=classifier.dtype, device=e.device)
         # Of the live tokens whose e is finite, as their log-sum-exp tells: one that is not must not reach the others.
         # 0 where there is none.
         counts = live & lse.isfinite()
-        for _, block in self._blocks(counts):
-            total += block.sum(0)
+        for rows, block in self._blocks(counts):
+            # Scaled as the tokens' logits are, so that the mean token's are their mean.
+            total += block.sum(0) if scale is None else scale[rows] @ block
         self.mean = (total / counts.sum().clamp(min=1)).to(e.dtype)
 
     def spread(self, t0: int, t1: int) -> tuple[Tensor, Tensor]:

@@ -201,7 +201,7 @@ def _sampled(g: Gradients, live: Tensor, tile_map: Tensor, nll: Tensor, seed: Te
     label_tile = torch.div(g.targets.long(), TILE_COLUMNS, rounding_mode="floor")
     group = max(1, block_logits(g.e) // 16 // max(1, n) // CHAIN_TILES) * CHAIN_TILES
     rates = log2_visit_rate(eps), even_share(eps, num_tiles(v))
-    variate = ControlVariate(g.classifier, g.e, live, g.lse)
+    variate = ControlVariate(g.classifier, g.e, live, g.lse, g.scale)
     steepness = None if g.of_entropy is None else steepness_of(g.a, g.of_entropy)
     for t0 in range(0, num_tiles(v), group):
         t1 = min(t0 + group, num_tiles(v))

@@ -88,9 +88,7 @@ def scan_in_training(scan: str | None, e: Tensor, c: Tensor, bias: Tensor | None
     """
     if scan is None:
         return None
-    trains = torch.is_grad_enabled() and any(
-        unwrapped(x).requires_grad for x in (e, c, bias) if isinstance(x, Tensor)
-    )
+    trains = torch.is_grad_enabled() and any(unwrapped(x).requires_grad for x in (e, c, bias) if isinstance(x, Tensor))
     if torch.compiler.is_compiling():
         return scan if trains else None
     return scan if (trains or not _is_fwd_grad_enabled()) and not torch.is_inference_mode_enabled() else None

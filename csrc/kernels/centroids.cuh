@@ -11,6 +11,7 @@
 #include "tile/gradient_row.cuh"
 #include "tile/ring.cuh"
 #include "tile/softcap.cuh"
+#include "tile/token_score.cuh"
 
 // The control variate's part of each vocab tile: the weights that a mean token gives to its columns, and
 // their centroid, the mean of its rows of C by these weights. Any weights would do: they cost variance, never
@@ -30,7 +31,8 @@ constexpr int kMeanColumns = kWarpLanes * kChunkElements;  // of a block
 template <typename Element>
 struct MeanRowsArguments {
   Rows<Element> e;
-  const GradientRow* rows;  // [n]
+  const GradientRow* rows;   // [n]
+  const TokenScore* scores;  // [n], or null: no token's logits are scaled
   int d;
   float* sums;    // [kMeanSplits, d]
   Element* mean;  // [d]
@@ -68,8 +70,11 @@ __global__ void __launch_bounds__(kMeanThreads)
       for (int k = 0; k < kInFlight; ++k) {
         // What the row of a token that does not count holds may be anything.
         if ((counts >> (k0 + k) & 1) == 0) continue;
+        // Scaled as the token's logits are, so that the mean token's are their mean.
+        const float scale =
+            a.scores == nullptr ? 1.0f : a.scores[token0 + (k0 + k) * kWarps].scale2 / kLog2E;
 #pragma unroll
-        for (int c = 0; c < kChunkElements; ++c) sums[c] += widen<float>(chunks[k].values[c]);
+        for (int c = 0; c < kChunkElements; ++c) sums[c] = fmaf(scale, widen<float>(chunks[k].values[c]), sums[c]);
       }
     }
   }

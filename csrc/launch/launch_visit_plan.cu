@@ -19,6 +19,7 @@ cudaError_t find_centroids(const LceBackwardParams& p, const VisitsScratch& scra
   MeanRowsArguments<Element> m;
   m.e = rows_of_e<Element>(p.in);
   m.rows = static_cast<const GradientRow*>(p.rows);
+  m.scores = static_cast<const TokenScore*>(p.scores);
   m.d = plan.layout.d;
   m.sums = scratch.mean_sums;
   m.mean = static_cast<Element*>(scratch.mean);
