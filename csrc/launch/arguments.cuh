@@ -62,11 +62,20 @@ LseArguments<Element> lse_arguments(const LceForwardParams& p) {
 
 // Each of the statistics that are asked for has a part of the memory.
 inline PartialScores partial_scores_of(const LceForwardParams& p) {
-  const auto part = [&](int number, Statistic asked) -> float* {
-    return (p.statistics & asked) != 0 ? p.partial_statistics + number * p.partials : nullptr;
+  float* next = p.partial_statistics;
+  const auto part = [&](Statistic statistic) -> float* {
+    if ((p.statistics & statistic) == 0) return nullptr;
+    float* const begin = next;
+    next += p.partials;
+    return begin;
   };
-  return {part(0, kEntropy), part(1, kLogSumSquares), part(2, kMeanLogit), part(3, kArgmax),
-          reinterpret_cast<int*>(part(kStatistics, kArgmax))};
+  PartialScores scores;
+  scores.entropy = part(kEntropy);
+  scores.log_squares = part(kLogSumSquares);
+  scores.total = part(kMeanLogit);
+  scores.max = part(kArgmax);
+  scores.argmax = reinterpret_cast<int*>(part(kArgmax));
+  return scores;
 }
 
 template <typename Element>

@@ -34,8 +34,12 @@ constexpr int64_t kLiveCountBytes = 8;
 // The largest logit comes with its column.
 enum Statistic : int { kEntropy = 1, kLogSumSquares = 2, kMeanLogit = 4, kArgmax = 8 };
 constexpr int kStatistics = 4;  // rows of the output, in the bits' order: the last is the largest logit
-// Partial statistics of a run of columns, 4 bytes each: kStatistics, and the largest logit's column.
-constexpr int kPartialStatistics = kStatistics + 1;
+// Of a run of columns each takes 4 bytes, and the largest logit's column as many.
+constexpr int partial_statistics(int64_t statistics) {
+  int count = (statistics & kArgmax) != 0 ? 1 : 0;
+  for (int k = 0; k < kStatistics; ++k) count += statistics >> k & 1;
+  return count;
+}
 
 // A scan in 8 bits: e's rows that count and c, with a scale a row and a scale a vocab tile.
 struct ScanScratch {
@@ -64,7 +68,7 @@ struct LceForwardParams {
   float* lse;           // [n]
   ScanScratch scan;     // null unless the product is to be of 8 bits
   int statistics;       // bits of Statistic
-  float* partial_statistics;  // scratch: kPartialStatistics for each partial, where there are any
+  float* partial_statistics;  // scratch: partial_statistics() for each partial, where there are any
   float* stats;               // [kStatistics, n], or null without any
   int64_t* argmax;            // [n], or null without kArgmax
 

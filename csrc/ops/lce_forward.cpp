@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lce_forward(
   space.add(params.live_count, kLiveCountBytes);
   if (!scan) space.add(params.live_e, n * in.d * Workspace::kElement);
   space.add(params.partial_lse, plan.partials * word);
-  if (any) space.add(params.partial_statistics, kPartialStatistics * plan.partials * word);
+  if (any) space.add(params.partial_statistics, partial_statistics(statistics) * plan.partials * word);
   Workspace scanned;
   if (scan) {
     CCE_CHECK(plan.logits.kernel == LogitsKernel::kSm90, kOp, "scan='fp8' cannot run here: ",
