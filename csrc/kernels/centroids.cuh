@@ -71,10 +71,10 @@ __global__ void __launch_bounds__(kMeanThreads)
         // What the row of a token that does not count holds may be anything.
         if ((counts >> (k0 + k) & 1) == 0) continue;
         // Scaled as the token's logits are, so that the mean token's are their mean.
-        const float scale =
-            a.scores == nullptr ? 1.0f : a.scores[token0 + (k0 + k) * kWarps].scale2 / kLog2E;
+        const float scale = a.scores == nullptr ? 1.0f : a.scores[token0 + (k0 + k) * kWarps].scale2 / kLog2E;
 #pragma unroll
-        for (int c = 0; c < kChunkElements; ++c) sums[c] = fmaf(scale, widen<float>(chunks[k].values[c]), sums[c]);
+        for (int c = 0; c < kChunkElements; ++c)
+          sums[c] = fmaf(scale, widen<float>(chunks[k].values[c]), sums[c]);
       }
     }
   }

@@ -11,7 +11,7 @@ namespace cce {
 // Bias and softcap, applied to a lane's sums. first_column: the lane's own. Past the last column are zeros.
 template <typename Element, typename Sums>
 __device__ __forceinline__ void cap_logits(Sums& sums, int first_column, const Element* bias,
-                                              int64_t bias_stride, const Softcap& softcap, int columns) {
+                                           int64_t bias_stride, const Softcap& softcap, int columns) {
   if (bias != nullptr) {
     const Element* pair = bias + first_column * bias_stride;
 #pragma unroll

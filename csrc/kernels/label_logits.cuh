@@ -57,8 +57,8 @@ __device__ __forceinline__ Accumulator row_dot(const Element* x, const Element* 
   return warp_sum((partial[0] + partial[1]) + (partial[2] + partial[3]));
 }
 
-// out[i] = e[i] . c[targets[i]] + bias[targets[i]], capped and scaled; 0 for an ignored token, NaN for a target outside
-// [0, v).
+// out[i] = e[i] . c[targets[i]] + bias[targets[i]], capped and scaled; 0 for an ignored token, NaN for a
+// target outside [0, v).
 template <typename Element, typename Accumulator, typename Index, int kCount>
 __global__ void __launch_bounds__(kLabelLogitsThreads)
     label_logits_kernel(LabelLogitsArguments<Element, Accumulator, Index> a) {

@@ -62,7 +62,8 @@ static __global__ void __launch_bounds__(kLiveThreads) live_rows_kernel(LiveRows
   }
   __syncthreads();
   const int most = a.splits.most(rows);
-  for (int splits = a.splits.least() + static_cast<int>(threadIdx.x); splits <= most; splits += kLiveThreads) {
+  for (int splits = a.splits.least() + static_cast<int>(threadIdx.x); splits <= most;
+       splits += kLiveThreads) {
     atomicMin(&best, static_cast<unsigned long long>(a.splits.rank(rows, splits)));
   }
   __syncthreads();

@@ -27,8 +27,8 @@ struct LogitsSm90Operands {
   LiveRows live;
   LogitsSchedule schedule;  // of all n rows of E: kCluster blocks of rows each
   int n;
-  int steps;           // stages that D takes
-  int depth;           // elements of D in each
+  int steps;  // stages that D takes
+  int depth;  // elements of D in each
 };
 
 // The next stage of the ring. A barrier's phases alternate in parity from round to round.

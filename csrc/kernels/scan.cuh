@@ -47,12 +47,12 @@ constexpr int kScanFinishTokens = kWarpLanes;
 constexpr int kScanFinishRuns = 16;
 
 struct ScanFinishArguments {
-  const GradientRow* rows;     // [n]
-  const uint16_t* tile_map;    // [tiles, n]
-  const double* corrections;   // [n]
-  const float* label_logits;   // [n]
-  float* nll;                  // [n], the scan's, and then the corrected one
-  float* lse;                  // [n], likewise
+  const GradientRow* rows;    // [n]
+  const uint16_t* tile_map;   // [tiles, n]
+  const double* corrections;  // [n]
+  const float* label_logits;  // [n]
+  float* nll;                 // [n], the scan's, and then the corrected one
+  float* lse;                 // [n], likewise
   int n, tiles;
 };
 

@@ -49,8 +49,9 @@ class ScoreEpilogueSm90 {
       weighed[r] = row.weighed;
     }
     const bool second = own_row() != 0;
-    ScoreSums tile = {second ? max[1] : max[0], quad_sum_of_own(sum, second), quad_sum_of_own(squares, second),
-                      quad_sum_of_own(weighed, second), quad_sum_of_own(total, second), 0};
+    ScoreSums tile = {second ? max[1] : max[0],         quad_sum_of_own(sum, second),
+                      quad_sum_of_own(squares, second), quad_sum_of_own(weighed, second),
+                      quad_sum_of_own(total, second),   0};
     if (a_.partial.argmax != nullptr) tile.argmax = first_of_largest(sums, max, first_column);
     running_.add(tile);
     if (writes_ && a_.lse.tile_map != nullptr) {
@@ -72,7 +73,8 @@ class ScoreEpilogueSm90 {
   // The first column that has the largest logit of the lane's own row, unless an earlier block has as large a
   // one. Most blocks are below it for all rows of the warp.
   template <typename Sums>
-  __device__ __forceinline__ int first_of_largest(const Sums& sums, const float (&max)[2], int first_column) const {
+  __device__ __forceinline__ int first_of_largest(const Sums& sums, const float (&max)[2],
+                                                  int first_column) const {
     const bool higher = (own_row() ? max[1] : max[0]) > running_.max;
     if (!__any_sync(0xffffffffu, higher)) return 0;
     int first[2];

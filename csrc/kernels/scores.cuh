@@ -78,8 +78,9 @@ struct ScoreSums {
 // Scales a lane's capped sums, each row by its own, and finds the largest and the sum of each: what a
 // column has that is not there is finite, so that 0 times it is 0, and not NaN.
 template <typename Sums, typename ScaleOf>
-__device__ __forceinline__ void scale_logits(Sums& sums, int first_column, int columns, const ScaleOf& scale_of,
-                                             float (&max)[Sums::kRows], float (&total)[Sums::kRows]) {
+__device__ __forceinline__ void scale_logits(Sums& sums, int first_column, int columns,
+                                             const ScaleOf& scale_of, float (&max)[Sums::kRows],
+                                             float (&total)[Sums::kRows]) {
 #pragma unroll
   for (int r = 0; r < Sums::kRows; ++r) {
     const float scale = scale_of(r);

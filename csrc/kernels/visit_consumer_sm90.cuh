@@ -163,7 +163,8 @@ class VisitConsumer {
                   a_.bias_stride, a_.softcap, a_.c.count);
 #pragma unroll
     for (int r = 0; r < LogitSums::kRows; ++r) {
-      const int m = warpgroup() * LogitsSm90::kConsumerRows + warp() * 16 + lane() / 4 + LogitSums::row_offset(r);
+      const int m =
+          warpgroup() * LogitsSm90::kConsumerRows + warp() * 16 + lane() / 4 + LogitSums::row_offset(r);
       const VisitRow row = slot.row[m];
       float total[2] = {0.0f, 0.0f};
 #pragma unroll

@@ -204,10 +204,10 @@ CCE_HOST_DEVICE void plan_visit_items(Block& block, const VisitPlanArguments& a,
         a.items[dz_before - plain_dz + part] = item;
       }
     }
-    item.work = layout.of_scan          ? VisitWork::kVisitsOfScan
+    item.work = layout.of_scan            ? VisitWork::kVisitsOfScan
                 : lends || !layout.need_e ? VisitWork::kVisitsOfC
-                : layout.slices == 0    ? VisitWork::kVisitsOfE
-                                        : VisitWork::kVisits;
+                : layout.slices == 0      ? VisitWork::kVisitsOfE
+                                          : VisitWork::kVisits;
     item.gate = leaves_dz(item.work) ? gate_of_dz(chunk_number) : kGateOfE;
     item.needs[0] = chunk < kVisitBuffers ? kNoGate : gate_of_dc(chunk_number - kVisitBuffers);
     item.needs[1] = kNoGate;

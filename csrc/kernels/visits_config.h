@@ -46,7 +46,6 @@ struct alignas(16) VisitRow {
 };
 constexpr int kCentroidRow = -2;
 
-
 struct VisitQueueShared {
   VisitItem item;
   bool more;

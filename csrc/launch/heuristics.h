@@ -176,8 +176,7 @@ inline LceForwardPlan plan_lce_forward(const LossInputs& in, const DeviceLimits&
   plan.splits = {column_blocks, limits.multiprocessors, kLogitsRows, plan.logits.cluster > 1, fixed};
   // Fewer rows may have more units.
   plan.blocks = plan.logits.cluster * plan.logits.slots;
-  plan.partials =
-      fixed != 0 ? in.n * fixed : std::min(in.n * column_blocks, std::max(in.n, kMaxPartials));
+  plan.partials = fixed != 0 ? in.n * fixed : std::min(in.n * column_blocks, std::max(in.n, kMaxPartials));
   return plan;
 }
 

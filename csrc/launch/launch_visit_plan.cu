@@ -70,7 +70,8 @@ cudaError_t find_visits(const LceBackwardParams& p, const VisitsScratch& scratch
   m.residual_stride = plan.layout.residual_stride;
   // A block writes 512 bytes of the mask: 2^31 blocks would be 1 TB of it.
   const int64_t mask_blocks = ceil_div(plan.layout.n, kChainTokens) * ceil_div(plan.tiles, kChainTiles);
-  const auto kernel = m.scores == nullptr ? visit_mask_kernel<Element, false> : visit_mask_kernel<Element, true>;
+  const auto kernel =
+      m.scores == nullptr ? visit_mask_kernel<Element, false> : visit_mask_kernel<Element, true>;
   kernel<<<static_cast<unsigned>(mask_blocks), kMaskThreads, 0, on>>>(m);
 
   VisitPlanArguments s;

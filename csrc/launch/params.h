@@ -43,9 +43,9 @@ constexpr int partial_statistics(int64_t statistics) {
 
 // A scan in 8 bits: e's rows that count and c, with a scale a row and a scale a vocab tile.
 struct ScanScratch {
-  void* e;         // [n, stride]
-  void* c;         // [v, stride]
-  int64_t stride;  // bytes, a multiple of 16
+  void* e;            // [n, stride]
+  void* c;            // [v, stride]
+  int64_t stride;     // bytes, a multiple of 16
   float* row_scale;   // [n]
   float* tile_scale;  // [tiles]
 
@@ -56,18 +56,18 @@ struct ScanScratch {
 // written is contiguous.
 struct LceForwardParams {
   LossInputs in;
-  float* label_logits;  // [n]
-  int* live_tokens;     // scratch: [n]
-  void* live_count;     // scratch: LiveCount
-  void* live_e;         // scratch: [n, d] of e's dtype
-  float* partial_lse;   // scratch: the plan's partials
-  int64_t partials;     // how many
-  const float* scale;   // [n] contiguous, of the logits, or null: 1
-  void* tile_map;       // [tiles, n] codes of 16 bits, or null
-  float* nll;           // [n]
-  float* lse;           // [n]
-  ScanScratch scan;     // null unless the product is to be of 8 bits
-  int statistics;       // bits of Statistic
+  float* label_logits;        // [n]
+  int* live_tokens;           // scratch: [n]
+  void* live_count;           // scratch: LiveCount
+  void* live_e;               // scratch: [n, d] of e's dtype
+  float* partial_lse;         // scratch: the plan's partials
+  int64_t partials;           // how many
+  const float* scale;         // [n] contiguous, of the logits, or null: 1
+  void* tile_map;             // [tiles, n] codes of 16 bits, or null
+  float* nll;                 // [n]
+  float* lse;                 // [n]
+  ScanScratch scan;           // null unless the product is to be of 8 bits
+  int statistics;             // bits of Statistic
   float* partial_statistics;  // scratch: partial_statistics() for each partial, where there are any
   float* stats;               // [kStatistics, n], or null without any
   int64_t* argmax;            // [n], or null without kArgmax
@@ -93,11 +93,11 @@ struct LceBackwardParams {
   const float* scale;    // [n] contiguous, of the logits, or null: 1
   void* scores;          // scratch: [n] TokenScore, kTokenScoreBytes each, or null: neither is there
   void* rows;            // scratch: [n] GradientRow, 16 bytes each
-  void* control;     // scratch: VisitControl
-  void* grad_e;      // [n, d] or null
-  void* grad_c;      // [v, d] or null
-  void* grad_bias;   // [v] or null
-  float* sum_e;      // scratch: [n, d] where e's gradient is wanted, else null
+  void* control;         // scratch: VisitControl
+  void* grad_e;          // [n, d] or null
+  void* grad_c;          // [v, d] or null
+  void* grad_bias;       // [v] or null
+  float* sum_e;          // scratch: [n, d] where e's gradient is wanted, else null
 };
 
 // cuBLAS as torch has loaded it: its handle, of the current device and stream, and its functions by their

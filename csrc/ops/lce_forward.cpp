@@ -57,8 +57,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lce_forward(
       need_map ? new_empty(e_in, {tiles, n}, ScalarType::Short) : new_empty(e_in, {0, 0}, ScalarType::Short);
   if (scan) check_scan(*scan, method, eps, need_map, seed, scale.has_value() || statistics != 0, e_in);
   const bool any = statistics != 0;
-  const Tensor stats =
-      new_empty(e_in, {any ? kStatistics : 0, any ? n : 0}, ScalarType::Float);
+  const Tensor stats = new_empty(e_in, {any ? kStatistics : 0, any ? n : 0}, ScalarType::Float);
   const Tensor argmax = new_empty(e_in, {(statistics & kArgmax) != 0 ? n : 0}, ScalarType::Long);
   if (n == 0) return {nll, lse, tile_map, stats, argmax};
 
@@ -86,8 +85,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lce_forward(
   if (any) space.add(params.partial_statistics, partial_statistics(statistics) * plan.partials * word);
   Workspace scanned;
   if (scan) {
-    CCE_CHECK(plan.logits.kernel == LogitsKernel::kSm90, kOp, "scan='fp8' cannot run here: ",
-              plan.logits.reason);
+    CCE_CHECK(plan.logits.kernel == LogitsKernel::kSm90, kOp,
+              "scan='fp8' cannot run here: ", plan.logits.reason);
     constexpr int64_t kRowAlignment = 16;
     params.scan.stride = round_up(in.d, kRowAlignment);
     scanned.add(params.scan.e, n * params.scan.stride);

@@ -10,9 +10,9 @@
 namespace cce::ptx {
 
 // Products of a warpgroup, four warps at a multiple of four: D += A B^T, 64 rows by up to 256 columns by 16
-// of k, or 32 of 8 bits, the operands in shared memory or A in registers, the sums in registers. They run asynchronously:
-// fence, products, commit, wait. PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions" (PTX 8.0,
-// sm_90a).
+// of k, or 32 of 8 bits, the operands in shared memory or A in registers, the sums in registers. They run
+// asynchronously: fence, products, commit, wait. PTX ISA, "Asynchronous Warpgroup Level Matrix Instructions"
+// (PTX 8.0, sm_90a).
 
 // Describes an operand of contiguous k, in rows of 128 bytes as a copy with a swizzle of 128 bytes leaves
 // them: `shared` is a multiple of 1024, or 32 bytes per product behind one. Section "Matrix Descriptor

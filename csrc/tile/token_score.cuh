@@ -26,7 +26,8 @@ struct alignas(16) TokenScore {
     const float far = fabsf(__fadd_rn(__fmul_rn(share.log2_norm, kLn2), entropy));
     return __fadd_rn(even, __fmul_rn(far, steep));
   }
-  // The sum of the tile's p (a - h log2 p), of mass m > 0, if its p were equal: then log2 p = 2 log2 norm - log2 m.
+  // The sum of the tile's p (a - h log2 p), of mass m > 0, if its p were equal: then log2 p = 2 log2 norm -
+  // log2 m.
   __device__ __forceinline__ float weighed_mass(float a, float mass, const TileShare& share) const {
     return mass * fmaf(-h, 2.0f * share.log2_norm - share.log2_mass, a);
   }
