@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from . import reference, smoothing, vocab_parallel
+from . import reference, smoothing, soft_targets, vocab_parallel
 from ._ops import ops
 from .autograd import lce_forward
 from .ops import autocast_inputs, register_composite
@@ -36,6 +36,7 @@ from .options import (
     resolve_method,
     unwrapped,
 )
+from .pairs import with_pair_logits
 from .reduction import is_dtensor, reduce_tokens
 from .vocab_parallel import VocabParallelOptions
 
@@ -57,6 +58,8 @@ def linear_cross_entropy(
     reduction: str = ...,
     shift: bool | int = ...,
     return_lse: Literal[False] = ...,
+    *,
+    target_weights: Tensor | None = ...,
     **options: Unpack[LossOptions],
 ) -> Tensor: ...
 
@@ -73,6 +76,7 @@ def linear_cross_entropy(
     shift: bool | int = ...,
     *,
     return_lse: Literal[True],
+    target_weights: Tensor | None = ...,
     **options: Unpack[LossOptions],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -99,6 +103,7 @@ def linear_cross_entropy(
     generator: torch.Generator | None = ...,
     label_smoothing: float = ...,
     weight: Tensor | None = ...,
+    target_weights: Tensor | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -123,13 +128,14 @@ def linear_cross_entropy(
     generator: torch.Generator | None = None,
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
+    target_weights: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of the linear classifier e @ c.T + bias, without its logits.
 
     Args:
         e: embeddings [.., D], bf16, fp16, fp32 or fp64.
         c: classifier [V, D], e's dtype and device (under autocast e, c and bias are cast).
-        targets: [..] int32 or int64, in [0, V) or ignore_index.
+        targets: [..] int32 or int64, in [0, V) or ignore_index; with target_weights [.., K].
         bias: [V] or None.
         ignore_index: tokens with this target count for nothing: loss and lse 0, no gradient.
         softcap: logits become softcap * tanh(logits / softcap).
@@ -160,6 +166,11 @@ def linear_cross_entropy(
         weight: [V] of any float dtype, what each class counts for, as in F.cross_entropy: "mean" divides by the sum of
             the labels' weights. With vocab_parallel_options those of this rank's rows; beside DTensors a plain one is
             the whole. Needs no gradient and has none.
+        target_weights: [.., K] of any float dtype, of any sign: what each of a token's K labels counts for. The loss of
+            a token is Σ_k target_weights_k (lse - z_k). An entry whose target is ignore_index counts for nothing, and a
+            token without others is an ignored one; "mean" divides by the number of tokens that are not, whatever their
+            weights. The labels' part of the gradient is exact. With a gradient of their own, lse - z_k, unless the
+            vocabulary is cut over ranks. Not with weight and label_smoothing.
 
     e, c, bias and targets may be DTensors of one mesh (docs/distributed.md says which placements): the loss and lse are
     those of the whole tensors, and DTensors as well.
@@ -195,7 +206,7 @@ def linear_cross_entropy(
         label_smoothing=label_smoothing,
         weight=weight,
     )
-    loss, lse = _loss_and_lse(e, c, targets, bias, options)
+    loss, lse = _loss_and_lse(e, c, targets, bias, options, target_weights)
     return (loss, lse) if return_lse else loss
 
 
@@ -241,10 +252,18 @@ class LinearCrossEntropy(nn.Module):
         self.register_buffer("weight", self.options.pop("weight"))
 
     def forward(
-        self, e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None
+        self,
+        e: Tensor,
+        c: Tensor,
+        targets: Tensor,
+        bias: Tensor | None = None,
+        target_weights: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """e [.., D], c [V, D], targets [..], bias [V]: returns and raises as linear_cross_entropy."""
-        options = {**self.options, "weight": self.weight}
+        """e [.., D], c [V, D], targets [..], bias [V]: returns and raises as linear_cross_entropy.
+
+        With target_weights, they and targets are [.., K].
+        """
+        options = {**self.options, "weight": self.weight, "target_weights": target_weights}
         out: Tensor | tuple[Tensor, Tensor] = linear_cross_entropy(e, c, targets, bias, **options)
         return out
 
@@ -254,7 +273,12 @@ class LinearCrossEntropy(nn.Module):
 
 
 def _loss_and_lse(
-    e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, options: Options
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    options: Options,
+    target_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The second is the lse in its shape only with return_lse."""
     ignore_index, softcap, impl = options.ignore_index, options.softcap, options.impl
@@ -262,6 +286,7 @@ def _loss_and_lse(
     check_tensors(e, c, targets, bias)
     if not is_a(ignore_index, "__index__"):
         raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
+    soft_targets.check(e, targets, target_weights, options)
     # localize's from_local makes DTensors of what each rank has of the results.
     shard, from_local, seed_salt = None, None, 0
     if options.vocab_parallel_options is not None:
@@ -272,9 +297,13 @@ def _loss_and_lse(
             raise ValueError("vocab_parallel_options: expected None where e, c or targets are DTensors, which say it")
         from .distributed import localize
 
-        local = localize(e, c, targets, bias, weight, int(options.shift))
-        e, c, targets, bias, shard, from_local, seed_salt, weight = local
+        local = localize(e, c, targets, bias, weight, int(options.shift), target_weights)
+        e, c, targets, bias, shard, from_local, seed_salt, weight, target_weights = local
 
+    soft = None
+    if target_weights is not None:
+        soft = soft_targets.SoftTargets.of(targets, target_weights, ignore_index)
+        targets = soft.labels
     e, c, bias = autocast_inputs(e, c, bias)
     check_inputs(e, c, targets, bias)
     check_reduction(options.reduction, options.mean_group)
@@ -282,10 +311,15 @@ def _loss_and_lse(
     check_softcap(softcap)
     check_label_smoothing(options.label_smoothing, softcap)
     check_weight(weight, c)
+    shift = check_shift(options.shift, targets)
+    pairs = None
+    if soft is not None:
+        soft = soft.flat(shift)
+        pairs = soft.pairs(len(c), shard)
     if shard is not None:
         more = smoothing.shared_numbers(targets.numel(), weight, options.label_smoothing)
+        more += 0 if soft is None else soft.shared_numbers()
         vocab_parallel.check_rows(shard, c, targets, more)
-    shift = check_shift(options.shift, targets)
     if shift:
         # e is not cut: the last positions have no label left, which is what ignore_index says.
         targets = nn.functional.pad(targets[..., shift:], (0, shift), value=ignore_index)
@@ -293,23 +327,28 @@ def _loss_and_lse(
     rows, labels = (e, targets) if targets.dim() == 1 else (e.reshape(-1, e.shape[-1]), targets.reshape(-1))
 
     # The operators of the CPU look by themselves; those of CUDA could not raise an IndexError.
-    looks = shard is None and (impl in DENSE or labels.device.type != "cpu")
+    looks = shard is None and (impl in DENSE or soft is not None or labels.device.type != "cpu")
     if looks and not torch.compiler.is_compiling() and may_look_at(labels):
-        check_target_range(unwrapped(labels).flatten(), len(c), ignore_index)
+        check_target_range(unwrapped(labels if soft is None else soft.targets).flatten(), len(c), ignore_index)
     may_train = any(x is not None and unwrapped(x).requires_grad for x in (e, c, bias))
     counts: Any = labels != ignore_index if weight is not None or smoothes else None
-    logits = None
+    logits = z = None
     if shard is not None:
         rows = vocab_parallel.shared(shard, rows)
     if smoothes:
         rows, c, logits = smoothing.with_weighted_logits(rows, c, bias, weight, counts, impl in DENSE)
     if impl in DENSE:
         dense = reference.forward if impl == "reference" else _compiled_reference()
+        if pairs is not None:
+            dense = functools.partial(dense, pairs=pairs)
         if shard is not None:
             dense = functools.partial(vocab_parallel.dense_forward, shard, dense)
-        nll, lse = dense(rows, c, bias, labels, ignore_index, softcap)
+        nll, lse, *z_of_pairs = dense(rows, c, bias, labels, ignore_index, softcap)
+        z = z_of_pairs[0] if z_of_pairs else None
     else:
         check_transforms()
+        if pairs is not None:
+            rows, c, bias, z = with_pair_logits(rows, c, bias, pairs, softcap)
         method = resolve_method(options, e.dtype)
         trains = may_train and torch.is_grad_enabled()
         seed = None
@@ -340,6 +379,8 @@ def _loss_and_lse(
     if weight is not None or smoothes:
         given = (weight, options.label_smoothing, len(c), shard)
         nll, counts = smoothing.smoothed(nll, lse, logits, labels, counts, *given)
+    if soft is not None:
+        nll = soft.loss(nll, lse, z, len(c), shard)
 
     def of_positions(x: Tensor) -> Tensor:
         """[.., T - shift], on all ranks of a DTensor's, of x [N]."""
@@ -361,8 +402,8 @@ def _loss_and_lse(
 
 
 @functools.cache
-def _compiled_reference() -> Callable[..., tuple[Tensor, Tensor]]:
-    compiled: Callable[..., tuple[Tensor, Tensor]] = torch.compile(reference.forward, dynamic=None)
+def _compiled_reference() -> Callable[..., tuple[Tensor, ...]]:
+    compiled: Callable[..., tuple[Tensor, ...]] = torch.compile(reference.forward, dynamic=None)
     return compiled
 
 

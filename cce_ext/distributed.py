@@ -78,10 +78,21 @@ class Local(NamedTuple):
     from_local: Callable[[Tensor], DTensor]
     seed_salt: int
     weight: Tensor | None
+    target_weights: Tensor | None
 
 
-def localize(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, weight: Tensor | None, shift: int) -> Local:
+def localize(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    shift: int,
+    target_weights: Tensor | None = None,
+) -> Local:
     """This rank's part of the loss of DTensors e [.., D], c [V, D], targets [..], bias [V] and class weights [V].
+
+    With target_weights, they and targets are [.., K].
 
     Over a mesh dimension where c is Shard(0) the loss is vocabulary-parallel, and e and targets are gathered if they
     are sharded. Where c is Replicate, tokens stay where e has them. Raises ValueError for what is neither.
@@ -89,7 +100,8 @@ def localize(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, weight:
     if not isinstance(c, DTensor) or not isinstance(e, DTensor):
         raise ValueError(_mixed(e, c))
     mesh = c.device_mesh
-    for name, x in (("e", e), ("targets", targets), ("bias", bias), ("weight", weight)):
+    of_tokens = {"targets": targets, "target_weights": target_weights}
+    for name, x in (("e", e), ("bias", bias), ("weight", weight), *of_tokens.items()):
         if isinstance(x, DTensor) and x.device_mesh != mesh:
             raise ValueError(f"{name}: expected a DTensor on c's mesh {mesh}, got one on {x.device_mesh}")
     if bias is not None and not isinstance(bias, DTensor):
@@ -104,21 +116,27 @@ def localize(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, weight:
             "redistribute c"
         )
     token_dims = range(e.ndim - 1)
-    for name, x in (("e", e), ("targets", targets)):
+    for name, x in (("e", e), *of_tokens.items()):
         given = x.placements if isinstance(x, DTensor) else ()
-        if not all(p.is_replicate() or _is_shard(p, range(x.ndim)) for p in given):
+        if x is not None and not all(p.is_replicate() or _is_shard(p, range(x.ndim)) for p in given):
             raise ValueError(f"{name}: expected Replicate or Shard, got {given}; redistribute it first")
 
     tokens = tuple(
         p if m not in vocab and _is_shard(p, token_dims) else Replicate() for m, p in enumerate(e.placements)
     )
     split = [m for m in dims if tokens[m].is_shard()]
-    if not isinstance(targets, DTensor):
-        if split:
-            raise ValueError(
-                f"targets: expected a DTensor where e is sharded over tokens ({e.placements}), got a tensor"
-            )
-        targets = DTensor.from_local(targets, mesh, tokens, run_check=False)
+
+    def of_this_rank(name: str, x: Tensor) -> Tensor:
+        if not isinstance(x, DTensor):
+            if split:
+                raise ValueError(
+                    f"{name}: expected a DTensor where e is sharded over tokens ({e.placements}), got a tensor"
+                )
+            return x
+        return x.redistribute(placements=tokens).to_local(grad_placements=tokens)
+
+    local_targets, local_weights = (None if x is None else of_this_rank(name, x) for name, x in of_tokens.items())
+    assert local_targets is not None
     if shift and any(_is_shard(tokens[m], [e.ndim - 2]) for m in split):
         raise ValueError(
             f"shift: expected 0 where the tokens' last dimension stays sharded ({e.placements}), got {shift}: a label "
@@ -129,8 +147,7 @@ def localize(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, weight:
         check_weight(weight, c)
         weight = weight.redistribute(mesh, c.placements) if isinstance(weight, DTensor) else like(c, weight)
 
-    shape = targets.shape
-    targets = targets.redistribute(placements=tokens)
+    shape = e.shape[:-1]
 
     def from_local(x: Tensor) -> DTensor:
         size = torch.Size([*shape[:-1], shape[-1] - shift]) if shift else shape
@@ -147,12 +164,13 @@ def localize(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, weight:
     return Local(
         e.redistribute(placements=tokens).to_local(grad_placements=e_gradient),
         c.to_local(grad_placements=c_gradient),
-        targets.to_local(),
+        local_targets,
         None if bias is None else bias.redistribute(placements=c.placements).to_local(grad_placements=c_gradient),
         shard,
         from_local,
         seed_salt=part * len(c) + (0 if shard is None else shard.start),
         weight=weight.to_local() if isinstance(weight, DTensor) else None,
+        target_weights=local_weights,
     )
 
 

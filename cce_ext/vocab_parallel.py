@@ -140,18 +140,18 @@ def lce_forward(
 
 def dense_forward(
     shard: VocabShard,
-    forward: Callable[..., tuple[Tensor, Tensor]],
+    forward: Callable[..., tuple[Tensor, ...]],
     e: Tensor,
     c: Tensor,
     bias: Tensor | None,
     targets: Tensor,
     ignore_index: int,
     softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """The same of reference.forward, eager or compiled."""
+) -> tuple[Tensor, ...]:
+    """The same of reference.forward, eager or compiled. What that gives of pairs stays this shard's."""
     labels, mine = _local_labels(shard, targets, ignore_index)
-    nll, lse = forward(e, c, bias, labels, _IGNORED, softcap)
-    return _combine(shard, lse, lse - nll, labels, mine, targets)
+    nll, lse, *of_pairs = forward(e, c, bias, labels, _IGNORED, softcap)
+    return *_combine(shard, lse, lse - nll, labels, mine, targets), *of_pairs
 
 
 def sum_over_ranks(shard: VocabShard, own: Tensor) -> Tensor:
