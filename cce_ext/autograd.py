@@ -231,8 +231,7 @@ def _add_pairs(
         labels = labels.masked_fill(targets == options["ignore_index"], -1)
     if softcap is not None:
         g = g * (1 - (z / softcap).square())
-    # Whatever flows into a pair that is none stops here.
-    coefficients = g.to(z.dtype).masked_fill(labels < 0, 0.0)
+    coefficients = g.to(z.dtype).contiguous()
     out = [
         None if not needed or x is None else torch.zeros_like(x) if d is None else d.contiguous()
         for x, d, needed in zip(inputs, gradients, need, strict=True)

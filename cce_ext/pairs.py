@@ -74,7 +74,8 @@ def _add_pair_gradients(
 ) -> None:
     """Adds Σ_k g_nk c_v to row n of grad_e, and Σ g_nk e_n to row v of grad_c, v being labels [N, K], or -1 for none.
 
-    g: coefficients [N, K], fp32 (fp64 for fp64 e), and what bias's gradient is the sum of. order: [N K] int64, the
+    g: coefficients [N, K], fp32 (fp64 for fp64 e), of whatever where there is no label; their sums are bias's gradient.
+    order: [N K] int64, the
     pairs by their label, and in a fixed order for each label; None where only grad_e is wanted. Sums are taken in g's
     dtype and rounded once.
     """
@@ -114,8 +115,9 @@ def _add_to_tokens(coefficients: Tensor, labels: Tensor, c: Tensor, grad_e: Tens
     tokens = (labels >= 0).any(1).nonzero()[:, 0]
     step = max(1, block_logits(c) // max(1, labels.shape[1] * c.shape[1]))
     for at in tokens.split(step):
-        y, g = labels[at].long(), coefficients[at]
-        rows = c[y.clamp(min=0).flatten()].to(g.dtype).view(*y.shape, c.shape[1]).masked_fill_((y < 0)[:, :, None], 0.0)
+        y = labels[at].long()
+        g = coefficients[at].masked_fill(y < 0, 0.0)
+        rows = c[y.clamp(min=0).flatten()].to(g.dtype).view(*y.shape, c.shape[1])
         sums = grad_e[at].to(g.dtype) + torch.matmul(g[:, None], rows)[:, 0]
         grad_e[at] = sums.to(grad_e.dtype)
 

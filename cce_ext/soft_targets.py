@@ -128,7 +128,8 @@ class SoftTargets:
         One collective with a shard. A label out of range makes loss and gradient NaN: CUDA could not raise an error.
         """
         weights = self.weights.to(lse.dtype)
-        loss: Tensor = weights.gather(1, self.place)[:, 0] * nll
+        # Not a gather, whose gradient PyTorch has on CUDA in no fixed order.
+        loss: Tensor = weights.masked_fill(~self._heaviest(), 0.0).sum(1) * nll
         if z is None:
             return loss
         rest = weights.masked_fill(self._heaviest(), 0.0)
@@ -136,7 +137,7 @@ class SoftTargets:
         if shard is None:
             rest = rest.masked_fill(self.counts() & ~mine, nan)
             return loss + (rest * (lse[:, None] - z)).sum(1)
-        own = (rest.masked_fill(~mine, 0.0) * (lse.detach()[:, None] - z)).sum(1)
+        own = (rest.masked_fill(~mine, 0.0) * z).sum(1)
         total, found = sum_over_ranks(shard, torch.cat([own, mine.sum(1).to(own.dtype)])).split(len(own))
         nowhere = found != self.counts().sum(1)
         if not torch.compiler.is_compiling() and may_look_at(self.targets) and bool(nowhere.any()):
@@ -145,9 +146,7 @@ class SoftTargets:
                 f"targets: one of {self.targets[at].tolist()}, of the token at flat position {at}, is in no rank's "
                 "rows, nor ignore_index"
             )
-        # The gradient by lse is that of all ranks' labels; its part of the value is in theirs.
-        total = total + rest.sum(1) * (lse - lse.detach())
-        loss = loss + total * torch.where(nowhere, nan, 1.0)
+        loss = loss + (rest.sum(1) * lse - total) * torch.where(nowhere, nan, 1.0)
         return loss
 
     def shared_numbers(self) -> int:

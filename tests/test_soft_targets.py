@@ -160,6 +160,8 @@ def test_a_frozen_side_costs_nothing():
         with Allocations() as seen:
             loss.backward()
         assert seen.calls["cce.lce_backward"][0 if frozen == "e" else 1].numel() == 0
+        # Nor is the heaviest label's pair looked at.
+        assert (seen.arguments["cce.add_pair_gradients"][1] < 0).any(1).all()
         *_, grad_e, grad_c, grad_bias = seen.arguments["cce.add_pair_gradients"]
         assert (grad_e is None) == (frozen == "e") and (grad_c is None) == (frozen == "c") and grad_bias is None
 
@@ -454,6 +456,29 @@ def test_pair_logits_by_themselves(softcap, device):
     torch.testing.assert_close(gradients(z, x, retain_graph=True), gradients(expected, x))
     with pytest.raises(NotImplementedError, match="cannot be differentiated again"):
         torch.autograd.grad(z.sum(), x.p.e, create_graph=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sums_are_rounded_once(dtype, device, monkeypatch):
+    """A label that all tokens share, in several blocks, and a token of many labels: what is there already counts."""
+    monkeypatch.setattr(classifier, "BLOCK_LOGITS", {"cpu": 200})
+    x = soft(1500, 16, 60, 64, ignored=0.1, dtype=dtype, bias=True, device=device)
+    x.targets[:, 1::2] = 17
+    g, labels, order = pairs_of(x)
+    e, c, bias = x.p.inputs
+    g = g.abs() * 0.1
+    out = [torch.full_like(y, 2.0) for y in (e, c, bias)]
+    exact = Soft(x.p.to(torch.float64), x.targets, g.double())
+    expected = [y.double() for y in out]
+    onehot = torch.zeros(1500, 60, dtype=torch.float64, device=e.device)
+    onehot.scatter_add_(1, labels.clamp(min=0).long(), exact.weights)
+    expected[0] += onehot @ exact.p.c
+    expected[1] += onehot.T @ exact.p.e
+    expected[2] += onehot.sum(0)
+    g[labels < 0] = float("nan")
+    torch.ops.cce.add_pair_gradients(g, labels, order, e, c, *out)
+    for a, b in zip(out, expected, strict=True):
+        assert ((a.double() - b).abs() <= 0.51 * torch.finfo(dtype).eps * b.abs() + 1e-4).all()
 
 
 def test_mistakes_of_the_operator():
