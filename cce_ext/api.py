@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from . import smoothing
+from . import smoothing, soft_targets
 from ._ops import ops
 from .calls import outputs_of, prepare
 from .ops import register_composite
@@ -23,6 +23,7 @@ from .options import (
     check_label_smoothing,
     check_reduction,
     check_softcap,
+    check_tensors,
 )
 from .reduction import reduce_tokens
 from .scan import check_scan, scan_in_training
@@ -43,6 +44,8 @@ def linear_cross_entropy(
     reduction: str = ...,
     shift: bool | int = ...,
     return_lse: Literal[False] = ...,
+    *,
+    target_weights: Tensor | None = ...,
     **options: Unpack[LossOptions],
 ) -> Tensor: ...
 
@@ -59,6 +62,7 @@ def linear_cross_entropy(
     shift: bool | int = ...,
     *,
     return_lse: Literal[True],
+    target_weights: Tensor | None = ...,
     **options: Unpack[LossOptions],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -86,6 +90,7 @@ def linear_cross_entropy(
     label_smoothing: float = ...,
     weight: Tensor | None = ...,
     scan: Literal["fp8"] | None = ...,
+    target_weights: Tensor | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
@@ -111,13 +116,14 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
     scan: Literal["fp8"] | None = None,
+    target_weights: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of the linear classifier e @ c.T + bias, without its logits.
 
     Args:
         e: embeddings [.., D], bf16, fp16, fp32 or fp64.
         c: classifier [V, D], e's dtype and device (under autocast e, c and bias are cast).
-        targets: [..] int32 or int64, in [0, V) or ignore_index.
+        targets: [..] int32 or int64, in [0, V) or ignore_index; with target_weights [.., K].
         bias: [V] or None.
         ignore_index: tokens with this target count for nothing: loss and lse 0, no gradient.
         softcap: logits become softcap * tanh(logits / softcap).
@@ -152,6 +158,11 @@ def linear_cross_entropy(
             dtype: they are unbiased estimates then, with less noise than rounding the logits to 16 bits has
             (docs/gradient.md). For training with a sampled impl on Hopper, in bf16 or fp16; anything else is an error.
             None computes all logits in e's dtype.
+        target_weights: [.., K] of any float dtype, of any sign: what each of a token's K labels counts for. The loss of
+            a token is Σ_k target_weights_k (lse - z_k). An entry whose target is ignore_index counts for nothing, and a
+            token without others is an ignored one; "mean" divides by the number of tokens that are not, whatever their
+            weights. The labels' part of the gradient is exact. With a gradient of their own, lse - z_k, unless the
+            vocabulary is cut over ranks. Not with weight and label_smoothing.
 
     e, c, bias and targets may be DTensors of one mesh (docs/distributed.md says which placements): the loss and lse are
     those of the whole tensors, and DTensors as well.
@@ -188,7 +199,7 @@ def linear_cross_entropy(
         weight=weight,
         scan=scan,
     )
-    loss, lse = _loss_and_lse(e, c, targets, bias, options)
+    loss, lse = _loss_and_lse(e, c, targets, bias, options, target_weights)
     return (loss, lse) if return_lse else loss
 
 
@@ -234,13 +245,19 @@ class LinearCrossEntropy(nn.Module):
         self.register_buffer("weight", self.options.pop("weight"))
 
     def forward(
-        self, e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None
+        self,
+        e: Tensor,
+        c: Tensor,
+        targets: Tensor,
+        bias: Tensor | None = None,
+        target_weights: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """e [.., D], c [V, D], targets [..], bias [V]: returns and raises as linear_cross_entropy.
 
-        Where no gradient is computed scan is left out: a loss that is not trained by has its logits in e's dtype.
+        With target_weights, they and targets are [.., K]. Where no gradient is computed scan is left out: a loss that
+        is not trained by has its logits in e's dtype.
         """
-        options = {**self.options, "weight": self.weight}
+        options = {**self.options, "weight": self.weight, "target_weights": target_weights}
         out: Tensor | tuple[Tensor, Tensor] = module_loss(e, c, targets, bias, **options)
         return out
 
@@ -263,7 +280,12 @@ def module_loss(
 
 
 def _loss_and_lse(
-    e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, options: Options
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    options: Options,
+    target_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The second is the lse in its shape only with return_lse."""
     softcap, s = options.softcap, options.label_smoothing
@@ -271,7 +293,10 @@ def _loss_and_lse(
     check_softcap(softcap)
     check_label_smoothing(s, softcap)
     check_scan(options)
-    call = prepare(e, c, targets, bias, options, shared_numbers=functools.partial(smoothing.shared_numbers, s=s))
+    check_tensors(e, c, targets, bias)
+    soft_targets.check(e, targets, target_weights, options)
+    shared_numbers = functools.partial(smoothing.shared_numbers, s=s)
+    call = prepare(e, c, targets, bias, options, target_weights=target_weights, shared_numbers=shared_numbers)
     weight, labels, ignore_index = call.weight, call.labels, options.ignore_index
     counts: Any = labels != ignore_index if weight is not None or s else None
     logits = None
@@ -279,9 +304,11 @@ def _loss_and_lse(
         dense = options.impl in DENSE
         rows, classes, logits = smoothing.with_weighted_logits(call.e, call.c, call.bias, weight, counts, dense)
         call = call._replace(e=rows, c=classes)
-    nll, lse, *_ = outputs_of(call, options, softcap=softcap)
+    nll, lse, *_, z = outputs_of(call, options, softcap=softcap)
     if weight is not None or s:
         nll, counts = smoothing.smoothed(nll, lse, logits, labels, counts, weight, s, len(call.c), call.shard)
+    if call.soft is not None:
+        nll = call.soft.loss(nll, lse, z, len(call.c), call.shard)
 
     if options.return_lse:
         lse = call.of_positions(lse)

@@ -166,9 +166,121 @@ def _not_differentiable(message: str) -> Callable[..., Any]:
     return functools.partial(_NotDifferentiable.apply, message)
 
 
+def with_pair_logits(
+    e: Tensor, c: Tensor, bias: Tensor | None, labels: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """e, c and bias, which are what the loss is to be computed of, and cce::pair_logits [N, K] of them.
+
+    labels: [N, K] int32, -1 for none. What the pairs add to the gradients is then added to those that come back of the
+    loss, and no other tensor of their size is needed. A transform and forward-mode AD see the operator by itself, which
+    has a gradient of its own.
+    """
+    options = {"ignore_index": -1, "softcap": softcap}
+    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() or forward_ad._current_level >= 0:
+        return e, c, bias, ops.pair_logits(e, c, bias, labels, **options)
+    call = _call_kernel if _has_short_way(e, c, bias, labels) else _call
+    new_e, new_c, new_bias, z = _with_pair_logits(call, e, c, bias, labels, options)
+    # A view requires a gradient where one of them does: what is frozen stays what it is.
+    e, c = new_e if e.requires_grad else e, new_c if c.requires_grad else c
+    bias = new_bias if bias is not None and bias.requires_grad else bias
+    return e, c, bias, z
+
+
+def _call(call: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+    return call(*args, **keywords)
+
+
+class _WithPairLogits(torch.autograd.Function):
+    """e, c and bias as they are, and their pair logits. call: calls an operator that is its first argument."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: Callable[..., Any],
+        e: Tensor,
+        c: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        z = call(ops.pair_logits.default, e, c, bias, labels, **options)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(e, c, bias, labels, z)
+        ctx.call, ctx.options = call, options
+        return e.view_as(e), c.view_as(c), None if bias is None else bias.view_as(bias), z
+
+    @staticmethod
+    def backward(
+        ctx: Any, d_e: Tensor | None, d_c: Tensor | None, d_bias: Tensor | None, g: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if g is not None:
+            need = ctx.needs_input_grad[1:4]
+            d_e, d_c, d_bias = _add_pairs(ctx.call, g, ctx.saved_tensors, ctx.options, need, (d_e, d_c, d_bias))
+        return None, d_e, d_c, d_bias, None, None
+
+
+class _PairLogits(torch.autograd.Function):
+    """cce::pair_logits, by what calls its kernel, and its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: Callable[..., Any],
+        e: Tensor,
+        c: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        options: dict[str, Any],
+    ) -> Tensor:
+        z: Tensor = _call_kernel(call, e, c, bias, targets, **options)
+        ctx.save_for_backward(e, c, bias, targets, z)
+        ctx.options = options
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError("cce: the gradient of cce::pair_logits cannot be differentiated again")
+        return None, *_add_pairs(_call, g, ctx.saved_tensors, ctx.options, ctx.needs_input_grad[1:4]), None, None
+
+
+_with_pair_logits: Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor]] = _WithPairLogits.apply
+
+
+def _add_pairs(
+    call: Callable[..., Any],
+    g: Tensor,
+    saved: tuple[Tensor, ...],
+    options: dict[str, Any],
+    need: tuple[bool, ...],
+    gradients: tuple[Tensor | None, ...] = (None, None, None),
+) -> tuple[Tensor | None, ...]:
+    """Gradients of e, c and bias, where needed, with those by the pair logits z [N, K], whose own is g, added.
+
+    In place, since nobody else has what comes back of a view that one operator was given.
+    """
+    *inputs, targets, z = saved
+    c, softcap = inputs[1], options.get("softcap")
+    labels = torch.where((targets >= 0) & (targets < len(c)), targets, -1).to(torch.int32)
+    if "ignore_index" in options:
+        labels = labels.masked_fill(targets == options["ignore_index"], -1)
+    if softcap is not None:
+        g = g * (1 - (z / softcap).square())
+    coefficients = g.to(z.dtype).contiguous()
+    out = [
+        None if not needed or x is None else torch.zeros_like(x) if d is None else d.contiguous()
+        for x, d, needed in zip(inputs, gradients, need, strict=True)
+    ]
+    # The order in which a row of c's gradient is summed: that of the tokens, on every run.
+    order = labels.flatten().sort(stable=True).indices if need[1] or need[2] else None
+    call(ops.add_pair_gradients.default, coefficients, labels, order, *inputs[:2], *out)
+    return tuple(d if new is None else new for d, new in zip(gradients, out, strict=True))
+
+
 def register(library: torch.library.Library) -> None:
     """Register all of it with the operators, for those who call them by themselves and for compiled graphs."""
     _register(library, "lce_forward", _differentiable)
+    _register(library, "pair_logits", _PairLogits.apply)
     _register(
         library,
         "lce_backward",

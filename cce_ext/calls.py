@@ -33,8 +33,10 @@ from .options import (
     resolve_method,
     unwrapped,
 )
+from .pairs import with_pair_logits
 from .reduction import is_dtensor
 from .scan import check_scan_call
+from .soft_targets import SoftTargets
 from .vocab_parallel import VocabShard
 
 # One int64 holds all the randomness of a call; 2^63 - 1 is the widest range torch.randint takes.
@@ -45,7 +47,8 @@ class Call(NamedTuple):
     """This rank's part of a call, its tokens in one dimension.
 
     shape: that of the targets, after the shift. from_local: makes a DTensor of what this rank has of a result, or None.
-    seed_salt: what the rank's seed is xored with. weight: [V], temperature: [N] or one number, or None.
+    seed_salt: what the rank's seed is xored with. weight: [V], temperature: [N] or one number, or None. soft: several
+    labels a token, or None: labels are the heaviest, and pairs [N, K] those whose logits are wanted beside it, or None.
     """
 
     e: Tensor
@@ -54,6 +57,8 @@ class Call(NamedTuple):
     labels: Tensor
     weight: Tensor | None
     temperature: Tensor | None
+    soft: SoftTargets | None
+    pairs: Tensor | None
     shape: torch.Size
     shift: int
     shard: VocabShard | None
@@ -77,13 +82,15 @@ def prepare(
     options: Options,
     *,
     temperature: Tensor | None = None,
+    target_weights: Tensor | None = None,
     stats: int = 0,
     shared_numbers: Callable[[int, Tensor | None], int] = lambda n, weight: 0,
     names: Names = NAMES,
 ) -> Call:
     """Localizes, casts, checks and shifts. temperature: of the targets' shape, or one number.
 
-    stats: of the call's lce_forward. shared_numbers: of n tokens and class weights, those of its sum_over_ranks.
+    target_weights: what soft_targets.check has seen, of targets [.., K]. stats: of the call's lce_forward.
+    shared_numbers: of n tokens and class weights, those of its sum_over_ranks.
     """
     ignore_index, weight = options.ignore_index, options.weight
     check_tensors(e, c, targets, bias, names)
@@ -102,18 +109,25 @@ def prepare(
             )
         from .distributed import localize
 
-        local = localize(e, c, targets, bias, weight, int(options.shift), temperature, names)
-        e, c, targets, bias, shard, from_local, seed_salt, weight, temperature = local
+        local = localize(e, c, targets, bias, weight, int(options.shift), temperature, target_weights, names)
+        e, c, targets, bias, shard, from_local, seed_salt, weight, temperature, target_weights = local
 
+    soft, pairs = None, None
+    if target_weights is not None:
+        soft = SoftTargets.of(targets, target_weights, ignore_index)
+        targets = soft.labels
     e, c, bias = autocast_inputs(e, c, bias)
     check_inputs(e, c, targets, bias, names)
     check_generator(options.generator, e.device)
     check_softcap(options.softcap)
     check_weight(weight, c)
-    if shard is not None:
-        more = shared_numbers(targets.numel(), weight)
-        vocab_parallel.check_rows(shard, c, targets, more, stats, names)
     shift = check_shift(options.shift, targets)
+    if soft is not None:
+        soft = soft.flat(shift)
+        pairs = soft.pairs(len(c), shard)
+    if shard is not None:
+        more = shared_numbers(targets.numel(), weight) + (0 if soft is None else soft.shared_numbers())
+        vocab_parallel.check_rows(shard, c, targets, more, stats, names)
     if shift:
         # e is not cut: the last positions have no label left, which is what ignore_index says.
         targets = nn.functional.pad(targets[..., shift:], (0, shift), value=ignore_index)
@@ -123,14 +137,15 @@ def prepare(
     rows, labels = (e, targets) if targets.dim() == 1 else (e.reshape(-1, e.shape[-1]), targets.reshape(-1))
 
     # The operators of the CPU look by themselves; those of CUDA could not raise an IndexError.
-    looks = shard is None and (options.impl in DENSE or labels.device.type != "cpu")
+    looks = shard is None and (options.impl in DENSE or soft is not None or labels.device.type != "cpu")
     if looks and not torch.compiler.is_compiling() and may_look_at(labels):
-        check_target_range(unwrapped(labels).flatten(), len(c), ignore_index)
+        check_target_range(unwrapped(labels if soft is None else soft.targets).flatten(), len(c), ignore_index)
     may_train = any(x is not None and unwrapped(x).requires_grad for x in (e, c, bias))
     if shard is not None:
         rows = vocab_parallel.shared(shard, rows)
     temperature = None if temperature is None else temperature.reshape(-1)
-    return Call(*(rows, c, bias, labels, weight, temperature, shape, shift, shard, from_local, seed_salt, may_train))
+    of_tokens = (rows, c, bias, labels, weight, temperature, soft, pairs)
+    return Call(*of_tokens, shape, shift, shard, from_local, seed_salt, may_train)
 
 
 def outputs_of(
@@ -141,19 +156,22 @@ def outputs_of(
     scale: Tensor | None = None,
     stats: int = 0,
     batch_invariant: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """nll, lse [N], stats and argmax as lce_forward has them, of the whole vocabulary."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """nll, lse [N], stats and argmax as lce_forward has them, of the whole vocabulary, and the pairs' logits [N, K]."""
     ignore_index, shard = options.ignore_index, call.shard
+    e, c, bias, z = call.e, call.c, call.bias, None
     if options.impl in DENSE:
         dense: Callable[..., Any] = reference.with_statistics
         if options.impl != "reference":
             dense = _compiled_reference()
         if shard is not None:
             dense = functools.partial(vocab_parallel.dense_forward, shard, dense)
-        nll, lse, rows, argmax = dense(call.e, call.c, call.bias, call.labels, ignore_index, softcap, scale, stats)
-        return nll, lse, rows, argmax
+        nll, lse, rows, argmax, z = dense(e, c, bias, call.labels, ignore_index, softcap, scale, stats, call.pairs)
+        return nll, lse, rows, argmax, z
     check_transforms()
-    method = resolve_method(options, call.e.dtype)
+    if call.pairs is not None:
+        e, c, bias, z = with_pair_logits(e, c, bias, call.pairs, softcap)
+    method = resolve_method(options, e.dtype)
     more: dict[str, Any] = {"stats": stats} if stats else {}
     if batch_invariant:
         more["batch_invariant"] = True
@@ -166,7 +184,7 @@ def outputs_of(
     if shard is not None:
         forward = functools.partial(vocab_parallel.lce_forward, shard)
     out = forward(
-        *(call.e, call.c, call.bias, call.labels, _seed(call, method, options)),
+        *(e, c, bias, call.labels, _seed(call, method, options)),
         ignore_index=ignore_index,
         softcap=softcap,
         # The scan draws by the map itself.
@@ -174,7 +192,7 @@ def outputs_of(
         **method.keywords(),
         **more,
     )
-    return out[0], out[1], out[-2], out[-1]
+    return out[0], out[1], out[-2], out[-1], z
 
 
 def _seed(call: Call, method: Method, options: Options) -> Tensor | None:

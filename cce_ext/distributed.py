@@ -82,6 +82,7 @@ class Local(NamedTuple):
     seed_salt: int
     weight: Tensor | None
     temperature: Tensor | None
+    target_weights: Tensor | None
 
 
 def localize(
@@ -92,11 +93,12 @@ def localize(
     weight: Tensor | None,
     shift: int,
     temperature: Tensor | None = None,
+    target_weights: Tensor | None = None,
     names: Names = NAMES,
 ) -> Local:
     """This rank's part of the loss of DTensors e [.., D], c [V, D], targets [..], bias [V] and class weights [V].
 
-    temperature: of the targets' shape, or one number.
+    temperature: of the targets' shape, or one number. With target_weights, they and targets are [.., K].
 
     Over a mesh dimension where c is Shard(0) the loss is vocabulary-parallel, and e and targets are gathered if they
     are sharded. Where c is Replicate, tokens stay where e has them. Raises ValueError for what is neither.
@@ -104,8 +106,9 @@ def localize(
     if not isinstance(c, DTensor) or not isinstance(e, DTensor):
         raise ValueError(_mixed(e, c, names))
     mesh = c.device_mesh
-    given = ((names.e, e), ("targets", targets), ("bias", bias), ("weight", weight), ("temperature", temperature))
-    for name, x in given:
+    of_tokens = {"targets": targets, "target_weights": target_weights}
+    placed = ((names.e, e), *of_tokens.items(), ("temperature", temperature))
+    for name, x in (*placed, ("bias", bias), ("weight", weight)):
         if isinstance(x, DTensor) and x.device_mesh != mesh:
             raise ValueError(f"{name}: expected a DTensor on {names.c}'s mesh {mesh}, got one on {x.device_mesh}")
     if bias is not None and not isinstance(bias, DTensor):
@@ -120,7 +123,7 @@ def localize(
             f"the loss there, or redistribute {names.c}"
         )
     token_dims = range(e.ndim - 1)
-    for name, x in ((names.e, e), ("targets", targets), ("temperature", temperature)):
+    for name, x in placed:
         placements = x.placements if isinstance(x, DTensor) else ()
         if not all(p.is_replicate() or _is_shard(p, range(e.ndim)) for p in placements):
             raise ValueError(f"{name}: expected Replicate or Shard, got {placements}; redistribute it first")
@@ -129,12 +132,18 @@ def localize(
         p if m not in vocab and _is_shard(p, token_dims) else Replicate() for m, p in enumerate(e.placements)
     )
     split = [m for m in dims if tokens[m].is_shard()]
-    if not isinstance(targets, DTensor):
-        if split:
-            raise ValueError(
-                f"targets: expected a DTensor where {names.e} is sharded over tokens ({e.placements}), got a tensor"
-            )
-        targets = DTensor.from_local(targets, mesh, tokens, run_check=False)
+
+    def of_this_rank(name: str, x: Tensor) -> Tensor:
+        if not isinstance(x, DTensor):
+            if split:
+                raise ValueError(
+                    f"{name}: expected a DTensor where {names.e} is sharded over tokens ({e.placements}), got a tensor"
+                )
+            return x
+        return x.redistribute(placements=tokens).to_local(grad_placements=tokens)
+
+    local_targets, local_weights = (None if x is None else of_this_rank(name, x) for name, x in of_tokens.items())
+    assert local_targets is not None
     if shift and any(_is_shard(tokens[m], [e.ndim - 2]) for m in split):
         raise ValueError(
             f"shift: expected 0 where the tokens' last dimension stays sharded ({e.placements}), got {shift}: a label "
@@ -145,11 +154,9 @@ def localize(
         check_weight(weight, c)
         weight = weight.redistribute(mesh, c.placements) if isinstance(weight, DTensor) else like(c, weight)
 
+    shape = e.shape[:-1]
     if temperature is not None:
-        temperature = _temperature(temperature, targets, tokens)
-
-    shape = targets.shape
-    targets = targets.redistribute(placements=tokens)
+        temperature = _temperature(temperature, shape, mesh, tokens)
 
     def from_local(x: Tensor) -> DTensor:
         size = torch.Size([*shape[:-1], shape[-1] - shift]) if shift else shape
@@ -166,24 +173,24 @@ def localize(
     return Local(
         e.redistribute(placements=tokens).to_local(grad_placements=e_gradient),
         c.to_local(grad_placements=c_gradient),
-        targets.to_local(),
+        local_targets,
         None if bias is None else bias.redistribute(placements=c.placements).to_local(grad_placements=c_gradient),
         shard,
         from_local,
         seed_salt=part * len(c) + (0 if shard is None else shard.start),
         weight=weight.to_local() if isinstance(weight, DTensor) else None,
         temperature=temperature,
+        target_weights=local_weights,
     )
 
 
-def _temperature(temperature: Tensor, targets: DTensor, tokens: tuple[Placement, ...]) -> Tensor:
-    """This rank's part of one that has the targets' shape, which if plain is the whole; or the one number."""
+def _temperature(temperature: Tensor, shape: torch.Size, mesh: DeviceMesh, tokens: tuple[Placement, ...]) -> Tensor:
+    """This rank's part of one that has the tokens' shape, which if plain is the whole; or the one number."""
     if not isinstance(temperature, DTensor):
-        if temperature.shape != targets.shape or temperature.numel() == 1:
+        if temperature.shape != shape or temperature.numel() == 1:
             return temperature  # what has another shape is refused for it
-        mesh = targets.device_mesh
         temperature = DTensor.from_local(temperature, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    placements = tokens if temperature.shape == targets.shape else [Replicate()] * len(tokens)
+    placements = tokens if temperature.shape == shape else [Replicate()] * len(tokens)
     return temperature.redistribute(placements=placements).to_local()
 
 

@@ -156,7 +156,7 @@ def linear_logprobs(
     )
     call = prepare(hidden, weight, targets, bias, options, temperature=of_tokens, stats=stats, names=_NAMES)
     scale = _scale(call, factor, logit_scale, ignore_index)
-    nll, lse, rows, argmax = outputs_of(
+    nll, lse, rows, argmax, _ = outputs_of(
         call, options, softcap=options.softcap, scale=scale, stats=stats, batch_invariant=batch_invariant
     )
     found: dict[str, Tensor] = {}

@@ -10,7 +10,12 @@ from .tile_sums import LOWEST_LOG
 
 
 def forward(
-    e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, ignore_index: int = -100, softcap: float | None = None
+    e: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ignore_index: int = -100,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Per-token nll and lse, differentiable by autograd.
 
@@ -30,10 +35,12 @@ def with_statistics(
     softcap: float | None,
     scale: Tensor | None,
     stats: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pairs: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """nll and lse of logits that scale [N] multiplies; stats and argmax as lce_forward has them (csrc/ops/schema.cpp).
 
-    Of stats the entropy alone is differentiable.
+    Of stats the entropy alone is differentiable. Last come the logits of pairs [N, K], 0 where such a label is not in
+    [0, V).
     """
     logits = torch.nn.functional.linear(e, c, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -52,7 +59,11 @@ def with_statistics(
         nothing = torch.zeros_like(lse)
         rows = torch.stack([found.get(1 << i, nothing) for i in range(STATS_ROWS)]).masked_fill(ignored, 0.0)
         argmax = argmax if at is None else at.masked_fill(ignored, 0)
-    return (lse - label).masked_fill(ignored, 0.0), lse.masked_fill(ignored, 0.0), rows, argmax
+    z = None
+    if pairs is not None:
+        inside = (pairs >= 0) & (pairs < c.shape[0])
+        z = logits.gather(1, torch.where(inside, pairs, 0).long()).masked_fill(~inside, 0.0)
+    return (lse - label).masked_fill(ignored, 0.0), lse.masked_fill(ignored, 0.0), rows, argmax, z
 
 
 def _statistics(logits: Tensor, stats: int) -> tuple[dict[int, Tensor], Tensor | None]:

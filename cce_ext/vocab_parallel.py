@@ -158,7 +158,7 @@ def lce_forward(
 
 def dense_forward(
     shard: VocabShard,
-    forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]],
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]],
     e: Tensor,
     c: Tensor,
     bias: Tensor | None,
@@ -167,12 +167,13 @@ def dense_forward(
     softcap: float | None,
     scale: Tensor | None,
     stats: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same of reference.with_statistics, eager or compiled."""
+    pairs: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The same of reference.with_statistics, eager or compiled. What that gives of pairs stays this shard's."""
     labels, mine = _local_labels(shard, targets, ignore_index)
-    nll, lse, rows, argmax = forward(e, c, bias, labels, _IGNORED, softcap, scale, stats)
+    nll, lse, rows, argmax, z = forward(e, c, bias, labels, _IGNORED, softcap, scale, stats, pairs)
     own = _with_rows(shard, lse, lse - nll, rows, argmax, stats, len(c))
-    return _combine(shard, own, stats, labels, mine, targets)
+    return *_combine(shard, own, stats, labels, mine, targets), z
 
 
 def sum_over_ranks(shard: VocabShard, own: Tensor) -> Tensor:

@@ -60,6 +60,8 @@ def opcheck() -> None:
         for needs in ({}, {"need_e": False, "need_bias": True}, {"need_c": False}):
             check(ops.lce_backward.default, inputs, rest | needs)
     check(ops.label_logits.default, (e.detach(), c.detach(), bias.detach(), targets), {"softcap": 2.0})
+    pairs = torch.stack([targets, targets.flip(0)], 1)
+    check(ops.pair_logits.default, (e, c, bias, pairs), {"softcap": 2.0})
     check(ops.linear_cross_entropy.default, (e, c, targets, bias), {"impl": "cce_exact", "shift": 1})
 
 

@@ -33,6 +33,30 @@ def site_page(name: str, repository: str | None = REPOSITORY) -> str:
 
 # ---- snippets ----
 
+
+def soft_targets_are_right(x: dict[str, Any]) -> bool:
+    """The two losses that were differentiated, and their gradients, by dense torch; the others' values."""
+    nll = -(x["hidden"] @ x["weight"].T).log_softmax(-1)
+    of_top, p = nll.gather(-1, x["top"].indices), x["probabilities"]
+    student_tail = torch.log1p(-(-of_top).exp().sum(-1))
+    plain = (x["normalised"] * of_top).sum(-1).mean()
+    tail = ((p * of_top).sum(-1) - x["tail"] * student_tail).mean()
+    for got, expected in ((x["loss"], plain), (x["with_tail"], tail)):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    d_hidden, d_weight = torch.autograd.grad(plain + tail, (x["hidden"], x["weight"]))
+    for got, expected in ((x["hidden"].grad, d_hidden), (x["weight"].grad, d_weight)):
+        assert (got - expected).norm() < 0.1 * expected.norm()
+    answers = torch.stack([nll[0, [3, 17]].mean(), nll[1, 8], nll[2, 5:8].mean()]).mean()
+    torch.testing.assert_close(x["mean_of_answers"], answers, rtol=1e-4, atol=1e-4)
+    rows, tokens = nll.view(4, 16, -1), x["tokens"]
+    parts = [
+        0.5**j * rows[:, : 15 - j].gather(-1, tokens[:, j + 1 :, None]).sum() / (4 * 15) for j in range(x["ahead"])
+    ]
+    torch.testing.assert_close(x["multi_token"], sum(parts), rtol=1e-4, atol=1e-4)
+    teacher = (x["teacher_logits"].softmax(-1) * nll).sum(-1).mean()
+    return abs(x["sampled"] - teacher) < 0.1 * teacher
+
+
 # Pages whose snippets run as they are, with what their names must hold afterwards. Those of the other pages take a
 # process group, a Hub or a model from elsewhere.
 RUN: dict[str, Callable[[dict[str, Any]], bool]] = {
@@ -42,6 +66,7 @@ RUN: dict[str, Callable[[dict[str, Any]], bool]] = {
     "logprobs.md": lambda x: bool(
         (x["entropy"] > 0).all() and x["hidden"].grad.norm() > 0 and x["weight"].grad.isfinite().all()
     ),
+    "soft_targets.md": soft_targets_are_right,
     "transformers.md": lambda x: (
         x["patched"].logits is None and math.isclose(x["before"].loss.item(), x["patched"].loss.item(), rel_tol=1e-5)
     ),

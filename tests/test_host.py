@@ -338,6 +338,44 @@ def test_label_logits_falls_back_to_elements(host, changes, reason):
     assert reason in result["reason"]
 
 
+def pair_plan(host, **changes):
+    arguments = dict(
+        dtype=host.DType.bfloat16,
+        n=1000,
+        k=5,
+        d=64,
+        v=500,
+        e_address=1 << 20,
+        e_row_stride=64,
+        c_row_stride=64,
+        grad_c_address=1 << 21,
+    )
+    return host.plan_pair_gradients(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"d": 61}, {"e_address": (1 << 20) + 2}, {"e_row_stride": 63}, {"c_row_stride": 68}, {"grad_c_address": 8}],
+    ids=str,
+)
+def test_pair_gradients_fall_back_to_elements(host, changes):
+    """Where a row that is read or written does not begin, or end, at a multiple of 16 bytes."""
+    whole = pair_plan(host)
+    assert whole["vector_loads"] and whole["columns"] == 128 * 8
+    single = pair_plan(host, **changes)
+    assert not single["vector_loads"] and single["columns"] == 128
+
+
+@pytest.mark.parametrize("n, k", [(1, 1), (1, 16), (17, 1), (1000, 5), (8192, 64), (8192, 256), (100003, 7)])
+def test_segments_of_pairs(host, n, k):
+    """They are all of them, not too many, and the same for every width and dtype: sums have one order."""
+    plan = pair_plan(host, n=n, k=k)
+    assert (plan["segments"] - 1) * plan["pairs"] < n * k <= plan["segments"] * plan["pairs"]
+    assert plan["segments"] <= host.kPairSegments and plan["pairs"] >= 16
+    for other in ({"d": 61}, {"dtype": host.DType.float64}, {"grad_c_address": 0}):
+        assert pair_plan(host, n=n, k=k, **other)["segments"] == plan["segments"]
+
+
 def test_label_logits_grid(host):
     per_block = host.kLabelLogitsTokensPerBlock
     assert plan(host, n=0)["blocks"] == 0

@@ -8,6 +8,7 @@
 #include "kernels/label_logits_config.h"
 #include "kernels/logits_sm80_config.h"
 #include "kernels/logits_sm90_config.h"
+#include "kernels/pairs_config.h"
 #include "kernels/visit_plan.h"
 #include "kernels/visits_config.h"
 #include "kernels/visits_sm90_config.h"
@@ -65,6 +66,34 @@ inline LabelLogitsPlan plan_label_logits(const LossInputs& p) {
   constexpr int64_t kLargestGrid = INT32_MAX;
   const int64_t blocks = (p.n + kLabelLogitsTokensPerBlock - 1) / kLabelLogitsTokensPerBlock;
   plan.blocks = static_cast<unsigned>(std::min(blocks, kLargestGrid));
+  return plan;
+}
+
+// Whether 16-byte loads fit rows of d elements that begin at `pointer`, all of each row.
+inline bool vector_rows(const void* pointer, int64_t rows, int64_t stride, int64_t d, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % kPairVectorBytes == 0 && d * bytes % kPairVectorBytes == 0 &&
+         (rows <= 1 || stride * bytes % kPairVectorBytes == 0);
+}
+
+struct PairGradientsPlan {
+  bool vector_loads;  // 16-byte loads, else element by element
+  int64_t columns;    // of a block
+  int64_t segments;   // runs of the sorted pairs, a block's each
+  int64_t pairs;      // of a segment
+};
+
+// The number of segments depends on the number of pairs alone: it says in which order their sums are taken.
+inline PairGradientsPlan plan_pair_gradients(const PairGradientsParams& p) {
+  const int64_t bytes = element_bytes(p.in.dtype);
+  PairGradientsPlan plan{};
+  plan.vector_loads = vector_rows(p.in.e, p.in.n, p.in.e_row_stride, p.in.d, bytes) &&
+                      vector_rows(p.in.c, p.in.v, p.in.c_row_stride, p.in.d, bytes) &&
+                      vector_rows(p.grad_e, p.in.n, p.in.d, p.in.d, bytes) &&
+                      vector_rows(p.grad_c, p.in.v, p.in.d, p.in.d, bytes);
+  plan.columns = kPairThreads * (plan.vector_loads ? kPairVectorBytes / bytes : 1);
+  const int64_t pairs = p.in.n * p.k;
+  plan.pairs = std::max<int64_t>(kPairSegmentLeast, (pairs + kPairSegments - 1) / kPairSegments);
+  plan.segments = (pairs + plan.pairs - 1) / plan.pairs;
   return plan;
 }
 

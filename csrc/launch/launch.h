@@ -12,6 +12,11 @@ namespace cce {
 
 LaunchError launch_label_logits(const LabelLogitsParams& params, int device, void* stream);
 
+LaunchError launch_pair_logits(const PairLogitsParams& params, int device, void* stream);
+
+LaunchError launch_pair_gradients(const PairGradientsParams& params, const PairGradientsPlan& plan,
+                                  int device, void* stream);
+
 // Fills in the limits. After an error CUDA has nothing left to report.
 LaunchError find_device_limits(int device, DeviceLimits& limits);
 

@@ -28,6 +28,29 @@ struct LabelLogitsParams {
   void* out;          // [n], contiguous: float, or double for double e
 };
 
+// Pairs of a token and one of its k labels. in.targets and its stride are not used.
+struct PairLogitsParams {
+  LossInputs in;
+  const void* targets;  // [n, k], contiguous, int32 or int64 as `in` says
+  int64_t k;
+  void* out;  // [n, k], contiguous: float, or double for double e
+};
+
+// Coefficients and sums are floats, or doubles for double e. What is written is contiguous, of e's dtype, and
+// null where it is not wanted. Of `in` the bias, the targets and the softcap are not used.
+struct PairGradientsParams {
+  LossInputs in;
+  int64_t k;
+  const void* coefficients;  // [n, k], contiguous
+  const int* labels;         // [n, k], contiguous; -1 for none
+  const int64_t* order;      // [n k]: the pairs sorted by label, for grad_c and grad_bias
+  void* grad_e;              // [n, d], added to
+  void* grad_c;              // [v, d], added to
+  void* grad_bias;           // [v], added to
+  void* edges;               // scratch: [segments, 2, d] sums, for grad_c
+  void* edge_biases;         // scratch: [segments, 2] sums, for grad_bias
+};
+
 constexpr int64_t kLiveCountBytes = 8;
 
 // What the forward finds of each token's softmax besides, and who asks for it: bits of the operator's stats.

@@ -41,6 +41,14 @@ CCE_TORCH_LIBRARY(m) {
   m.def(
       "label_logits(Tensor e, Tensor c, Tensor? bias, Tensor targets, *, "
       "SymInt ignore_index=-100, float? softcap=None, Tensor? scale=None) -> Tensor");
+  // What several labels a token need beside their log-sum-exp: logits [N, K] of pairs of a token and a label,
+  // and what gradients of them add to gradients of e, c and bias. order: the pairs sorted by label.
+  m.def(
+      "pair_logits(Tensor e, Tensor c, Tensor? bias, Tensor targets, *, "
+      "SymInt ignore_index=-100, float? softcap=None) -> Tensor");
+  m.def(
+      "add_pair_gradients(Tensor coefficients, Tensor labels, Tensor? order, Tensor e, Tensor c, "
+      "Tensor(a!)? grad_e, Tensor(b!)? grad_c, Tensor(c!)? grad_bias) -> ()");
   // The portable kernels by themselves, for what the CUDA kernels leave to them: fp32 and fp64.
   m.def(
       "lce_forward_portable(Tensor e, Tensor c, Tensor? bias, Tensor targets, Tensor? seed, *, "

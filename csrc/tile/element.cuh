@@ -40,6 +40,16 @@ __device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// The same for every dtype: fp32 and fp64 are their own sums.
+template <typename Element, typename Accumulator>
+__device__ __forceinline__ Element rounded(Accumulator x) {
+  if constexpr (sizeof(Element) == sizeof(Accumulator)) {
+    return x;
+  } else {
+    return narrow<Element>(x);
+  }
+}
+
 // kCount consecutive elements, loaded by one instruction: 16 bytes of them at a 16-byte boundary, or a single
 // one anywhere.
 template <typename Element, int kCount>
@@ -57,6 +67,40 @@ struct Vector {
       memcpy(&vector, &bits, sizeof(bits));
     }
     return vector;
+  }
+
+  // What neighbours read as well: it may stay in L1.
+  __device__ __forceinline__ static Vector load_kept(const Element* address) {
+    Vector vector;
+    if constexpr (kCount == 1) {
+      vector.values[0] = __ldg(address);
+    } else {
+      const uint4 bits = __ldg(reinterpret_cast<const uint4*>(address));
+      memcpy(&vector, &bits, sizeof(bits));
+    }
+    return vector;
+  }
+
+  // What the kernel itself writes.
+  __device__ __forceinline__ static Vector load_written(const Element* address) {
+    Vector vector;
+    if constexpr (kCount == 1) {
+      vector.values[0] = *address;
+    } else {
+      const uint4 bits = *reinterpret_cast<const uint4*>(address);
+      memcpy(&vector, &bits, sizeof(bits));
+    }
+    return vector;
+  }
+
+  __device__ __forceinline__ void store(Element* address) const {
+    if constexpr (kCount == 1) {
+      *address = values[0];
+    } else {
+      uint4 bits;
+      memcpy(&bits, this, sizeof(bits));
+      *reinterpret_cast<uint4*>(address) = bits;
+    }
   }
 
   __device__ __forceinline__ static Vector zero() {

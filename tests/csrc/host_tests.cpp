@@ -56,6 +56,28 @@ py::dict plan_label_logits(cce::DType dtype, int64_t n, int64_t d, int64_t v, ui
   return result;
 }
 
+py::dict plan_pair_gradients(cce::DType dtype, int64_t n, int64_t k, int64_t d, int64_t v,
+                             uintptr_t e_address, int64_t e_row_stride, int64_t c_row_stride,
+                             uintptr_t grad_c_address) {
+  cce::PairGradientsParams params{};
+  params.in.dtype = dtype;
+  params.in.n = n;
+  params.in.d = d;
+  params.in.v = v;
+  params.in.e = reinterpret_cast<const void*>(e_address);
+  params.in.e_row_stride = e_row_stride;
+  params.in.c_row_stride = c_row_stride;
+  params.k = k;
+  params.grad_c = reinterpret_cast<void*>(grad_c_address);
+  const cce::PairGradientsPlan plan = cce::plan_pair_gradients(params);
+  py::dict result;
+  result["vector_loads"] = plan.vector_loads;
+  result["columns"] = plan.columns;
+  result["segments"] = plan.segments;
+  result["pairs"] = plan.pairs;
+  return result;
+}
+
 py::dict plan_lce_forward(int64_t n, int64_t v, int multiprocessors, int shared_bytes, int major, int minor,
                           bool has_sm90, int64_t d, int64_t e_row_stride, int64_t c_row_stride) {
   cce::LossInputs in{};
@@ -333,6 +355,10 @@ PYBIND11_MODULE(cce_host_tests, m) {
       .value("bfloat16", cce::DType::kBFloat16)
       .value("float32", cce::DType::kFloat32)
       .value("float64", cce::DType::kFloat64);
+  m.def("plan_pair_gradients", &plan_pair_gradients, py::kw_only(), py::arg("dtype"), py::arg("n"),
+        py::arg("k"), py::arg("d"), py::arg("v"), py::arg("e_address"), py::arg("e_row_stride"),
+        py::arg("c_row_stride"), py::arg("grad_c_address"));
+  m.attr("kPairSegments") = cce::kPairSegments;
   m.def("plan_label_logits", &plan_label_logits, py::kw_only(), py::arg("dtype"), py::arg("n"), py::arg("d"),
         py::arg("v"), py::arg("e_address"), py::arg("e_row_stride"), py::arg("c_address"),
         py::arg("c_row_stride"));
