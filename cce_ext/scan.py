@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import _is_fwd_grad_enabled
 
-from .options import DENSE, KernelOptions, Options, may_need_seed, resolve_method, unwrapped
+from .options import DENSE, KernelOptions, Options, Scan, may_need_seed, resolve_method, unwrapped
 
 _CAPABILITY = (9, 0)
 
@@ -81,16 +81,14 @@ def refuse_scan(scan: str | None, e: Tensor) -> None:
         raise _unsupported(scan, e)
 
 
-def scan_in_training(scan: str | None, e: Tensor, c: Tensor, bias: Tensor | None) -> str | None:
+def scan_in_training(scan: Scan, e: Tensor, c: Tensor, bias: Tensor | None) -> Scan:
     """scan where the loss of these is about to be differentiated, None where it is not: in evaluation.
 
     An autograd.Function's forward, as the first one of reentrant checkpointing, is taken for training.
     """
     if scan is None:
         return None
-    trains = torch.is_grad_enabled() and any(
-        unwrapped(x).requires_grad for x in (e, c, bias) if isinstance(x, Tensor)
-    )
+    trains = torch.is_grad_enabled() and any(unwrapped(x).requires_grad for x in (e, c, bias) if isinstance(x, Tensor))
     if torch.compiler.is_compiling():
         return scan if trains else None
     return scan if (trains or not _is_fwd_grad_enabled()) and not torch.is_inference_mode_enabled() else None
