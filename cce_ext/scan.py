@@ -37,12 +37,6 @@ def check_scan_call(scan: str, e: Tensor, may_train: bool) -> None:
             "it out where e, c and bias require none"
         )
     _check_tensor(scan, e)
-    # A compiler's and a mode's tensors are of GPUs that need not be there.
-    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
-        return
-    capability = torch.cuda.get_device_capability(e.device)
-    if capability != _CAPABILITY:
-        raise _unsupported(scan, e, f" of compute capability {capability[0]}.{capability[1]}")
 
 
 def check_scan_kernel(
@@ -102,6 +96,12 @@ def _check_value(scan: Any) -> None:
 def _check_tensor(scan: str, e: Tensor) -> None:
     if e.device.type != "cuda" or e.dtype not in (torch.bfloat16, torch.float16):
         raise _unsupported(scan, e)
+    # A compiler's and a mode's tensors may be of a GPU that is not there.
+    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+        return
+    capability = torch.cuda.get_device_capability(e.device)
+    if capability != _CAPABILITY:
+        raise _unsupported(scan, e, f" of compute capability {capability[0]}.{capability[1]}")
 
 
 def _unsupported(scan: str, e: Tensor, capability: str = "") -> ValueError:
