@@ -20,6 +20,7 @@ from .options import (
     FilterEps,
     LossOptions,
     Options,
+    Scan,
     check_label_smoothing,
     check_reduction,
     check_softcap,
@@ -89,7 +90,7 @@ def linear_cross_entropy(
     generator: torch.Generator | None = ...,
     label_smoothing: float = ...,
     weight: Tensor | None = ...,
-    scan: Literal["fp8"] | None = ...,
+    scan: Scan = ...,
     target_weights: Tensor | None = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
@@ -115,7 +116,7 @@ def linear_cross_entropy(
     generator: torch.Generator | None = None,
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
-    scan: Literal["fp8"] | None = None,
+    scan: Scan = None,
     target_weights: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Cross-entropy of the linear classifier e @ c.T + bias, without its logits.
@@ -272,7 +273,7 @@ def module_loss(
     targets: Tensor,
     bias: Tensor | None = None,
     *,
-    scan: Literal["fp8"] | None = None,
+    scan: Scan = None,
     **options: Any,
 ) -> Any:
     """linear_cross_entropy of what evaluates by the same call as it trains by: scan is for the latter alone."""

@@ -188,7 +188,7 @@ def outputs_of(
         ignore_index=ignore_index,
         softcap=softcap,
         # The scan draws by the map itself.
-        need_map=options.scan is not None or call.may_train and torch.is_grad_enabled() and method.needs_map,
+        need_map=options.scan is not None or (call.may_train and torch.is_grad_enabled() and method.needs_map),
         **method.keywords(),
         **more,
     )

@@ -30,6 +30,7 @@ class Names(NamedTuple):
 NAMES = Names()
 
 FilterEps = float | Literal["auto", "high"] | None
+Scan = Literal["fp8"] | None
 
 DEFAULT_SAMPLING_EPS = 2.0**-8
 
@@ -95,7 +96,7 @@ class Options:
     generator: torch.Generator | None = None
     label_smoothing: float = 0.0
     weight: Tensor | None = None
-    scan: Literal["fp8"] | None = None
+    scan: Scan = None
 
     def check(self) -> None:
         """Raises ValueError and TypeError for options that no call could take."""
@@ -135,7 +136,7 @@ class LossOptions(GradientOptions, total=False):
     generator: torch.Generator | None
     label_smoothing: float
     weight: Tensor | None
-    scan: Literal["fp8"] | None
+    scan: Scan
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import _is_fwd_grad_enabled
 
-from .options import DENSE, KernelOptions, Options, may_need_seed, resolve_method, unwrapped
+from .options import DENSE, KernelOptions, Options, Scan, may_need_seed, resolve_method, unwrapped
 
 _CAPABILITY = (9, 0)
 
@@ -37,12 +37,6 @@ def check_scan_call(scan: str, e: Tensor, may_train: bool) -> None:
             "it out where e, c and bias require none"
         )
     _check_tensor(scan, e)
-    # A compiler's and a mode's tensors are of GPUs that need not be there.
-    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
-        return
-    capability = torch.cuda.get_device_capability(e.device)
-    if capability != _CAPABILITY:
-        raise _unsupported(scan, e, f" of compute capability {capability[0]}.{capability[1]}")
 
 
 def check_scan_kernel(
@@ -81,7 +75,7 @@ def refuse_scan(scan: str | None, e: Tensor) -> None:
         raise _unsupported(scan, e)
 
 
-def scan_in_training(scan: str | None, e: Tensor, c: Tensor, bias: Tensor | None) -> str | None:
+def scan_in_training(scan: Scan, e: Tensor, c: Tensor, bias: Tensor | None) -> Scan:
     """scan where the loss of these is about to be differentiated, None where it is not: in evaluation.
 
     An autograd.Function's forward, as the first one of reentrant checkpointing, is taken for training.
@@ -102,6 +96,12 @@ def _check_value(scan: Any) -> None:
 def _check_tensor(scan: str, e: Tensor) -> None:
     if e.device.type != "cuda" or e.dtype not in (torch.bfloat16, torch.float16):
         raise _unsupported(scan, e)
+    # A compiler's and a mode's tensors may be of a GPU that is not there.
+    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+        return
+    capability = torch.cuda.get_device_capability(e.device)
+    if capability != _CAPABILITY:
+        raise _unsupported(scan, e, f" of compute capability {capability[0]}.{capability[1]}")
 
 
 def _unsupported(scan: str, e: Tensor, capability: str = "") -> ValueError:

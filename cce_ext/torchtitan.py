@@ -10,14 +10,14 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from .api import module_loss
 from .module_calls import forward_replaced
-from .options import FilterEps, Options
+from .options import FilterEps, Options, Scan
 
 try:
     import torchtitan
@@ -69,7 +69,7 @@ class CCELoss(ChunkedLossWrapper):  # type: ignore[misc]
         filter_e_grad: bool = True
         filter_c_grad: bool = True
         softcap: float | None = None
-        scan: Literal["fp8"] | None = None
+        scan: Scan = None
 
     def __init__(self, config: Config, *, compile_config: Any = None) -> None:
         """Compiled where compile_config asks for "loss". Raises ValueError and TypeError for options."""

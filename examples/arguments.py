@@ -2,10 +2,22 @@
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 INTERRUPTED = 130  # exit status, the shell's for a program that Ctrl-C ended
 IMPLS = ("cce", "cce_exact", "cce_threshold", "torch_compile", "baseline")
+SCANS = ("fp8",)
+SCAN_HELP = "scan the logits in 8 bits, for --impl cce on a Hopper GPU"
+
+
+def check_scan(parser: argparse.ArgumentParser, scan: str | None, impls: Sequence[str], device: str) -> None:
+    """Ends the program where the loss could not have this scan: before any text is read."""
+    if scan is None:
+        return
+    if set(impls) != {"cce"}:
+        parser.error(f"--scan {scan}: for --impl cce, whose gradient is sampled, not {', '.join(impls)}")
+    if device != "cuda":
+        parser.error(f"--scan {scan}: takes a Hopper GPU, not --device {device}")
 
 
 def at_least(smallest: int) -> Callable[[str], int]:

@@ -28,12 +28,12 @@ import multiprocessing
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 try:
     import torch
     import torch.nn.functional as F
-    from arguments import IMPLS, INTERRUPTED, at_least, positive
+    from arguments import IMPLS, INTERRUPTED, SCAN_HELP, SCANS, at_least, check_scan, positive
     from model import Decoder
     from report import print_table, save_plot
     from text import MIN_VOCAB, Corpus, batches, load_corpus, spread_windows
@@ -58,7 +58,13 @@ WARMUP_STEPS = 3  # not counted in tokens a second
 
 
 def training_loss(
-    hidden: Tensor, weight: Tensor, tokens: Tensor, impl: str, softcap: float | None, z_loss: float | None
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    impl: str,
+    softcap: float | None,
+    z_loss: float | None,
+    scan: Literal["fp8"] | None = None,
 ) -> Tensor:
     """Mean loss of hidden [batch, context, width], each position's a prediction of the next token.
 
@@ -67,8 +73,10 @@ def training_loss(
     if impl == "baseline":
         return baseline_loss(hidden, weight, tokens, softcap, z_loss)
     if z_loss is None:
-        return linear_cross_entropy(hidden, weight, tokens, shift=1, softcap=softcap, impl=impl)
-    loss, lse = linear_cross_entropy(hidden, weight, tokens, shift=1, softcap=softcap, impl=impl, return_lse=True)
+        return linear_cross_entropy(hidden, weight, tokens, shift=1, softcap=softcap, impl=impl, scan=scan)
+    loss, lse = linear_cross_entropy(
+        hidden, weight, tokens, shift=1, softcap=softcap, impl=impl, scan=scan, return_lse=True
+    )
     return loss + z_loss * compute_z_loss(lse, tokens, shift=1)
 
 
@@ -103,7 +111,9 @@ def train(args: argparse.Namespace, impl: str, corpus: Corpus) -> dict[str, Any]
             tokens = next(stream).to(args.device)
             with autocast(args.device, args.dtype):
                 hidden = model(tokens)
-                loss = training_loss(hidden, model.classifier.weight, tokens, impl, args.softcap, args.z_loss)
+                loss = training_loss(
+                    hidden, model.classifier.weight, tokens, impl, args.softcap, args.z_loss, args.scan
+                )
             loss.backward()
             optimizer_step(model, optimizer, learning_rate(step, args.steps, args.lr))
             train_losses.append(loss.item())  # waits for a GPU to finish the step: the clock may be read
@@ -213,6 +223,7 @@ def parse_args() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--impl", choices=(*IMPLS, "all"), nargs="+", default=["cce"], help="the loss; baseline: plain torch")
+    add("--scan", choices=SCANS, help=SCAN_HELP)
     add("--text", type=Path, nargs="+", metavar="FILE", default=[], help="UTF-8 text to train on")
     add("--vocab", type=at_least(MIN_VOCAB), default=32768, help="vocabulary entries")
     add("--layers", type=at_least(1), default=4, help="transformer blocks")
@@ -244,6 +255,7 @@ def parse_args() -> argparse.Namespace:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.dtype == "auto":
         args.dtype = "bfloat16" if args.device == "cuda" else "float32"
+    check_scan(parser, args.scan, args.impl, args.device)
     return args
 
 

@@ -26,7 +26,7 @@ from typing import Any
 try:
     import torch
     import transformers
-    from arguments import IMPLS, INTERRUPTED, at_least, positive
+    from arguments import IMPLS, INTERRUPTED, SCAN_HELP, SCANS, at_least, check_scan, positive
     from text import (
         END_OF_DOCUMENT,
         HELD_OUT_SHARE,
@@ -218,6 +218,7 @@ def parse_args() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--impl", choices=IMPLS, default="cce", help="the loss; baseline: the model as it is")
+    add("--scan", choices=SCANS, help=f"{SCAN_HELP}; the held-out loss is that of the 16-bit forward")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--scratch", metavar="|".join((*PRESETS, "FILE.json")), help="a new model; llama if not --model")
     which.add_argument("--model", metavar="NAME", help="a pretrained model's name or folder")
@@ -248,6 +249,7 @@ def parse_args() -> argparse.Namespace:
         args.scratch = "llama"
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_scan(parser, args.scan, [args.impl], args.device)
     args.last_checkpoint = get_last_checkpoint(args.out) if args.resume and args.out.is_dir() else None
     if args.resume and args.last_checkpoint is None:
         parser.error(f"--resume: there is no checkpoint in {args.out}")
@@ -291,7 +293,7 @@ def main() -> int:
     if args.checkpointing:
         model.gradient_checkpointing_enable()
     if args.impl != "baseline":
-        cce_patch(model, impl=args.impl)
+        cce_patch(model, impl=args.impl, scan=args.scan)
     trainer = TokenMeanTrainer(
         model,
         arguments,

@@ -15,7 +15,8 @@ A seed is that of the initial weights, of the batches' order, of the prompts' le
 phase and seed differ in the loss's implementation alone.
 
 --impls: baseline (dense torch, fp32 softmax), apple (the package cut_cross_entropy with its default options; on CUDA),
-or an impl of cce_ext, with @EPS for another filter_eps than its default: cce@2^-6.
+an impl of cce_ext, or cce_fp8 (cce with the 8-bit scan; on Hopper, in bfloat16, and left out elsewhere). An impl of
+cce_ext takes @EPS for another filter_eps than its default: cce@2^-6, cce_fp8@2^-6.
 
 What is measured, of each run:
 - held-out loss: nats a token from dense float32 logits, whatever the loss that trains; ten times on a part of the
@@ -85,7 +86,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--data", type=Path, required=True, metavar="DIR", help="what prepare has written")
     add("--out", type=Path, required=True, metavar="FILE", help="JSON; what it holds is not run again")
     add("--phases", choices=PHASES, nargs="+", default=PHASES, help="what to train")
-    add("--impls", type=impl_name, nargs="+", default=IMPLS, metavar="IMPL", help="baseline, apple, cce, cce@2^-6..")
+    add(
+        "--impls",
+        type=impl_name,
+        nargs="+",
+        default=IMPLS,
+        metavar="IMPL",
+        help="baseline, apple, cce, cce_fp8, cce@2^-6..",
+    )
     add("--seeds", type=at_least(0), nargs="+", default=(0, 1), metavar="SEED", help="runs of each")
     add("--set", type=assignment, nargs="+", default=[], metavar="NAME=VALUE", help=f"change {', '.join(SETTINGS)}")
     add("--budget-seconds", type=positive, help="begin no run that would, by the last one like it, end later")

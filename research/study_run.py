@@ -54,6 +54,7 @@ SETTINGS: dict[str, int | float] = {
     "finetune.steps": 300,
     "finetune.lr": 1e-4,
 }
+SCANNED = "cce_fp8"  # impl "cce" with scan="fp8"
 EVALUATIONS = 10  # of a run
 WARMUP_STEPS = 5  # not counted in tokens a second
 CHECKPOINT = ("pretrain", "cce_exact", 0)  # the run whose model is fine-tuned
@@ -79,14 +80,18 @@ def make_loss(impl: str) -> Loss:
     if impl in ("baseline", "apple"):
         return baseline_loss if impl == "baseline" else apple_loss
     name, at, eps = impl.partition("@")
-    if not at:
-        return LinearCrossEntropy(shift=1, impl=name)
-    base, power, exponent = eps.partition("^")
-    return LinearCrossEntropy(shift=1, impl=name, filter_eps=float(base) ** float(exponent) if power else float(base))
+    options: dict[str, Any] = {"impl": name} if name != SCANNED else {"impl": "cce", "scan": "fp8"}
+    if at:
+        base, power, exponent = eps.partition("^")
+        options["filter_eps"] = float(base) ** float(exponent) if power else float(base)
+    return LinearCrossEntropy(shift=1, **options)
 
 
-def why_not(impl: str, device: str) -> str | None:
+def why_not(impl: str, device: str, dtype: str) -> str | None:
     """Why it cannot run here, or None."""
+    if impl.partition("@")[0] == SCANNED:
+        hopper = device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+        return None if hopper and dtype == "bfloat16" else "its 8-bit scan takes a Hopper GPU and bfloat16"
     if impl != "apple":
         return None
     if device != "cuda":
@@ -186,7 +191,7 @@ class Study:
         """Run what is not in the file; gives the exit status."""
         started = time.perf_counter()
         session = self.result["sessions"][-1]
-        session["left_out"] = {impl: why for impl in impls if (why := why_not(impl, self.device))}
+        session["left_out"] = {impl: why for impl in impls if (why := why_not(impl, self.device, self.dtype))}
         for impl, why in session["left_out"].items():
             print(f"left out: {impl}: {why}", file=sys.stderr)
         done = self.done()

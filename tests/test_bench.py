@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.results import META, made_up
+from support.scanned import taken
 
 pytest.importorskip("tqdm", reason="the benchmark needs tqdm")
 
@@ -243,6 +244,21 @@ def test_softcap_reaches_everyone(monkeypatch):
     rows = measure(small_job(methods=["cce_exact", "baseline", "torch_chunked"], softcap=0.5))
     assert rows["baseline", "loss-bw"]["de_err"] < 1e-5 and rows["cce_exact", "loss-bw"]["de_err"] < 1e-5
     assert rows["torch_chunked", "loss-bw"]["note"] == "not run: it has no softcap"
+
+
+def test_the_8_bit_scan_is_a_row_that_says_so_where_it_cannot_run(monkeypatch):
+    rows = measure(small_job(methods=["mm", "cce_fp8"]))
+    row = rows["cce_fp8", "loss-fw-bw"]
+    assert row["note"].startswith("not run: ") and row["runtime_ms"] is None
+    assert "scan: 'fp8' takes a Hopper GPU (compute capability 9.0) and bf16 or fp16, got float32 on cpu" in row["note"]
+    calls = taken(monkeypatch)
+    sampled, capped = (
+        measure(small_job(methods=["mm", "cce_fp8"], softcap=softcap))["cce_fp8", "loss-fw-bw"]
+        for softcap in (None, 0.5)
+    )
+    assert {call.scan for call in calls} == {"fp8"} and sampled["note"] == capped["note"] == ""
+    assert 1e-4 < sampled["dc_err_mean8"] < 0.6 * sampled["dc_err"] < 0.1
+    assert capped["dc_err"] < 1e-4  # it has reached the loss
 
 
 def test_peers_that_fail_are_rows_that_say_so(monkeypatch):

@@ -81,6 +81,13 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         (("--steps", "abc"), "expected a whole number, got 'abc'"),
         (("--lr", "fast"), "expected a number, got 'fast'"),
         (("--width", "20", "--heads", "4"), "--heads 4"),
+        (("--scan", "fp4"), "fp4"),
+        (("--scan", "fp8", "--device", "cpu"), "--scan fp8: takes a Hopper GPU, not --device cpu"),
+        (
+            ("--scan", "fp8", "--impl", "cce", "baseline"),
+            "for --impl cce, whose gradient is sampled, not cce, baseline",
+        ),
+        (("--scan", "fp8", "--impl", "all"), "for --impl cce, whose gradient is sampled, not cce, cce_exact"),
     ):
         assert error_of(args, monkeypatch, tmp_path) == 2
         assert message in capsys.readouterr().err

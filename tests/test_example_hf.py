@@ -48,7 +48,9 @@ def test_text_checkpoints_and_resume(train, tmp_path, monkeypatch):
     from cce_ext import transformers as patching
 
     impls, patch = [], patching.cce_patch
-    monkeypatch.setattr(patching, "cce_patch", lambda model, impl: [impls.append(impl), patch(model, impl)])
+    monkeypatch.setattr(
+        patching, "cce_patch", lambda model, impl, scan: [impls.append(impl), patch(model, impl, scan=scan)]
+    )
     code, printed = train("--text", ARGPARSE, "--impl", "cce_exact")
     assert code == 0, printed
     loss, losses = held_out_loss(printed), logged(tmp_path / "out")
@@ -158,6 +160,8 @@ def test_mistakes(train, tmp_path):
     for args, message in (
         (("--impl", "magic"), "magic"),
         (("--resume",), "there is no checkpoint"),
+        (("--scan", "fp8"), "--scan fp8: takes a Hopper GPU, not --device cpu"),
+        (("--scan", "fp8", "--impl", "cce_exact"), "for --impl cce, whose gradient is sampled, not cce_exact"),
         (("--model", "x", "--scratch", "llama"), "not allowed with"),
     ):
         code, printed = train(*args)

@@ -276,9 +276,12 @@ def test_eps_of_an_impl(study: ModuleType) -> None:
         ("cce", "cce", "auto"),
         ("cce@2^-6", "cce", 2**-6),
         ("cce_threshold@0.01", "cce_threshold", 0.01),
+        ("cce_fp8", "cce", "auto"),
+        ("cce_fp8@2^-6", "cce", 2**-6),
     ):
         options = study.make_loss(impl).options
         assert options["impl"] == name and options["filter_eps"] == eps and options["shift"] == 1
+        assert options["scan"] == ("fp8" if "fp8" in impl else None)
 
 
 def test_budget_failure_and_interruption(
@@ -378,4 +381,15 @@ def test_mistakes(
     monkeypatch.setitem(sys.modules, "cut_cross_entropy", None)
     from study_run import why_not
 
-    assert "pip install cut-cross-entropy" in str(why_not("apple", "cuda"))
+    assert "pip install cut-cross-entropy" in str(why_not("apple", "cuda", "bfloat16"))
+
+
+def test_the_8_bit_scan_is_left_out_without_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from study_run import why_not
+
+    said = "its 8-bit scan takes a Hopper GPU and bfloat16"
+    assert why_not("cce_fp8", "cpu", "bfloat16") == why_not("cce_fp8@2^-6", "cpu", "float32") == said
+    for capability, dtype, why in (((9, 0), "bfloat16", None), ((9, 0), "float32", said), ((8, 0), "bfloat16", said)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda found=capability: found)
+        assert why_not("cce_fp8", "cuda", dtype) == why
+        assert why_not("cce", "cuda", dtype) is None

@@ -282,7 +282,7 @@ def test_options_reach_the_loss(monkeypatch, divided):
         seen.update(options)
         return torch.zeros((), requires_grad=True)
 
-    monkeypatch.setattr("cce_ext.transformers.logits.linear_cross_entropy", loss)
+    monkeypatch.setattr("cce_ext.transformers.logits.module_loss", loss)
     wanted = {
         "impl": "cce_kahan",
         "reduction": "mean",
@@ -292,6 +292,7 @@ def test_options_reach_the_loss(monkeypatch, divided):
         "filter_e_grad": False,
         "filter_c_grad": False,
         "label_smoothing": 0.1,
+        "scan": None,
     }
     cce_patch(tiny("gemma2"), **wanted)(**batch(), **divided)
     assert seen == {**wanted, "reduction": "sum" if divided else "mean", "ignore_index": -100, "softcap": 0.7}

@@ -24,6 +24,7 @@ METHODS = {
     for m in (
         Method("mm", None, note="products only"),
         Method("cce", ours.impl("cce"), draws=True),
+        Method("cce_fp8", ours.fp8, draws=True),
         *(Method(name, ours.impl("cce", 2.0**-k), draws=True, on_request=True) for name, k in EPS.items()),
         Method("cce_exact", ours.impl("cce_exact")),
         Method("cce_compiled", ours.compiled("cce"), compiled=True, draws=True, on_request=True),

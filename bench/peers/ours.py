@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 import cce_ext
 
-from .method import Loss
+from .method import Loss, Unsupported
 
 
 def impl(name: str, filter_eps: float | Literal["auto"] = "auto") -> Callable[[float | None], Loss]:
@@ -17,6 +18,18 @@ def impl(name: str, filter_eps: float | Literal["auto"] = "auto") -> Callable[[f
         return lambda e, c, t: cce_ext.linear_cross_entropy(e, c, t, softcap=softcap, filter_eps=filter_eps, impl=name)
 
     return load
+
+
+def fp8(softcap: float | None) -> Loss:
+    """ "cce" with the 8-bit scan. Its calls raise Unsupported where there is no kernel for it."""
+
+    def loss(e: Tensor, c: Tensor, t: Tensor) -> Tensor:
+        try:
+            return cce_ext.linear_cross_entropy(e, c, t, softcap=softcap, scan="fp8")
+        except ValueError as error:
+            raise Unsupported(str(error)) from error
+
+    return loss
 
 
 def compiled(name: str) -> Callable[[float | None], Loss]:

@@ -19,6 +19,7 @@ from .files import read_bench
 STYLES: dict[str, tuple[str, str]] = {
     "mm": ("0.35", "X"),
     "cce": ("#0057b8", "*"),
+    "cce_fp8": ("#000000", "*"),
     **dict(zip(EPS, (("#9ecae1", x) for x in "<>^pPh"), strict=True)),
     "cce_exact": ("#0057b8", "o"),
     "cce_compiled": ("#56b4e9", "*"),

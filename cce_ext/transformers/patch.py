@@ -6,7 +6,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 import transformers
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..layers import next_tokens
-from ..options import FilterEps, GradientOptions, Options
+from ..options import FilterEps, GradientOptions, Options, Scan
 from .families import CLASSES, supported
 from .logits import PromisedLogits, PromisingHead
 
@@ -29,7 +29,7 @@ class PatchOptions(GradientOptions, total=False):
 
     train_only: bool
     label_smoothing: float
-    scan: Literal["fp8"] | None
+    scan: Scan
 
 
 @overload
@@ -62,7 +62,7 @@ def cce_patch(
     train_only: bool = False,
     *,
     label_smoothing: float = 0.0,
-    scan: Literal["fp8"] | None = None,
+    scan: Scan = None,
 ) -> nn.Module | None:
     """Let a causal LM compute its loss by linear_cross_entropy: wherever it is given labels, and with logits None.
 
