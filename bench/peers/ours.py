@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 import cce_ext
 
-from .method import Loss
+from .method import LogProbs, Loss, Outputs, SoftLoss
 
 
 def impl(name: str, filter_eps: float | Literal["auto"] = "auto") -> Callable[[float | None], Loss]:
     def load(softcap: float | None) -> Loss:
         return lambda e, c, t: cce_ext.linear_cross_entropy(e, c, t, softcap=softcap, filter_eps=filter_eps, impl=name)
+
+    return load
+
+
+def logprobs(name: str) -> Callable[[float | None], LogProbs]:
+    def load(softcap: float | None) -> LogProbs:
+        def function(e: Tensor, c: Tensor, t: Tensor) -> Outputs:
+            found = cce_ext.linear_logprobs(e, c, t, softcap=softcap, outputs=("entropy",), impl=name)
+            return found.logprobs, found.entropy
+
+        return function
+
+    return load
+
+
+def soft(name: str) -> Callable[[float | None], SoftLoss]:
+    def load(softcap: float | None) -> SoftLoss:
+        options: dict[str, Any] = {"softcap": softcap, "impl": name}
+        return lambda e, c, t, w: cce_ext.linear_cross_entropy(e, c, t, target_weights=w, **options)
 
     return load
 
