@@ -392,6 +392,7 @@ def test_arguments():
         "bench",
         "bench plot",
         "bench eps",
+        "bench.studies.accuracy",
         "bench.studies.forward",
         "bench.studies.backward",
         "bench.studies.backward plot",
