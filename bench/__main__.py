@@ -1,4 +1,4 @@
-"""Every implementation of the loss that is installed, on the same inputs, in one interleaved run.
+"""Every implementation of a task that is installed, on the same inputs, in one interleaved run.
 
     python -m bench                                    a first look: one shape, all methods
     python -m bench --shape gemma2 llama3 gpt2         models' shapes (N, D, V): see below
@@ -10,6 +10,8 @@
     python -m bench --shape 8,64,512 --host            what a call takes of the host's time as well
     python -m bench --data saved:FILE                  e, c and targets of a real model
     python -m bench --data lm saved:FILE --methods eps  both, and what the sampling eps costs and buys
+    python -m bench --task logprobs --shape trl        log-probabilities and entropies: scoring, and both gradients
+    python -m bench --task distill --shape trl         soft targets: the 64 most probable of a teacher's
     python -m bench plot FILE.. [--out FILE.png]       time against memory, cost against V and N
     python -m bench result FILE [--out FILE.png]       one run's time against memory, with gradient errors, for readers
     python -m bench eps FILE.. [--out FILE.md]         time against gradient error, dense PyTorch first
@@ -36,18 +38,20 @@ from .measure import child
 from .measure.rows import Row
 from .measure.supervisor import measure
 from .measure.worker import Job
-from .peers.methods import EPS, GROUPS, METHODS, packages
+from .peers.methods import EPS, GROUPS, OF_TASK, packages
 from .problems import inputs, regimes, shapes
 from .problems.inputs import Problem
 from .problems.shapes import Shape
+from .problems.tasks import TASKS
 from .report import eps, files, origin, plot, result, tables
 
 RESULTS = child.ROOT / "bench" / "results"
 DEFAULT_SHAPE = {"cuda": "gemma2", "cpu": "1024,256,16384"}
+DEFAULT_SHAPE_OF_TOKENS = {"cuda": "trl", "cpu": "1024,256,16384"}
 DTYPES = {"cuda": "bfloat16", "cpu": "float32"}
 
 
-class Task(NamedTuple):
+class Place(NamedTuple):
     """What one table is of. origin: what saved data says of itself."""
 
     data: str
@@ -55,15 +59,26 @@ class Task(NamedTuple):
     origin: dict[str, Any] | None = None
 
 
-def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[Task]]:
+def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[Place]]:
     """The options, and what to measure on."""
     names = ", ".join(f"{s.name} ({s.n}, {s.d}, {s.v})" for s in shapes.NAMED.values())
     parser = arguments.parser("bench", __doc__)
-    groups = "; ".join(f"{name} stands for {', '.join(members)}" for name, members in GROUPS.items())
-    parser.epilog = f"shapes: {names}\n\nmethods: {', '.join(METHODS)}\n{groups}"
+    words = "; ".join(f"{name} stands for {', '.join(members)}" for name, members in GROUPS.items())
+    methods = "\n".join(f"methods of {task}: {', '.join(table)}" for task, table in OF_TASK.items())
+    parser.epilog = f"shapes: {names}\n\n{methods}\n{words}, of the loss"
     what = parser.add_argument_group("what to measure")
     what.add_argument(
-        "--shape", nargs="+", type=shapes.argument, metavar="SHAPE", help="names, or N,D,V (default: gemma2 on a GPU)"
+        "--task",
+        choices=TASKS,
+        default="loss",
+        help="the loss; log-probabilities and entropies; or soft targets (default: %(default)s)",
+    )
+    what.add_argument(
+        "--shape",
+        nargs="+",
+        type=shapes.argument,
+        metavar="SHAPE",
+        help="names, or N,D,V (default: gemma2 on a GPU, trl where --task is not loss)",
     )
     what.add_argument(
         "--tokens",
@@ -82,7 +97,9 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[Task]]:
         metavar="DATA",
         help="lm, randn, uniform: each at every shape; saved:FILE at its own (default: lm)",
     )
-    what.add_argument("--methods", nargs="+", metavar="METHOD", help="default: all but cce_eps*; mm is always there")
+    what.add_argument(
+        "--methods", nargs="+", metavar="METHOD", help="default: all that are not for this alone; mm is always there"
+    )
     what.add_argument("--softcap", type=positive_real, help="logits become S * tanh(logits / S); Gemma 2 has 30")
     what.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, on a CPU float32")
     what.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
@@ -115,21 +132,23 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[Task]]:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU")
     args.dtype = args.dtype or DTYPES[args.device]
-    unknown = [m for m in args.methods or [] if m not in METHODS and m not in GROUPS]
+    table = OF_TASK[args.task]
+    groups = GROUPS if args.task == "loss" else {}
+    unknown = [m for m in args.methods or [] if m not in table and m not in groups]
     if unknown:
-        parser.error(f"--methods: there is no {', '.join(unknown)}; there are {', '.join((*METHODS, *GROUPS))}")
+        parser.error(f"--methods: there is no {', '.join(unknown)}; there are {', '.join((*table, *groups))}")
     if args.methods:
-        wanted = {m for given in args.methods for m in GROUPS.get(given, (given,))}
-        args.methods = [m for m in METHODS if m == "mm" or m in wanted]
+        wanted = {m for given in args.methods for m in groups.get(given, (given,))}
+        args.methods = [m for m in table if m == "mm" or m in wanted]
     else:
-        args.methods = [m for m in METHODS if not METHODS[m].on_request]
+        args.methods = [m for m in table if not table[m].on_request]
     if args.out is not None and args.out.suffix != ".json":
         parser.error(f"--out: expected a .json file, got {str(args.out)!r}")
 
-    return args, tasks(parser, args)
+    return args, places(parser, args)
 
 
-def tasks(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Task]:
+def places(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Place]:
     """Each kind of data at its shapes. Ends the program where the options do not go together."""
     data = list(dict.fromkeys(args.data))
     saved = [x for x in data if x.startswith("saved:")]
@@ -145,7 +164,8 @@ def tasks(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Tas
         parser.error("--spans: there is no --ignored, whose tokens these would be")
     if saved and any(args.ignored):
         parser.error("--ignored: saved inputs have their own")
-    given = args.shape or [shapes.parse(DEFAULT_SHAPE[args.device])]
+    default = DEFAULT_SHAPE if args.task == "loss" else DEFAULT_SHAPE_OF_TOKENS
+    given = args.shape or [shapes.parse(default[args.device])]
     tokens = [n for each in args.tokens or [] for n in each]
     swept = list(dict.fromkeys(x for s in given for x in shapes.sweep(s, tokens, args.vocab)))
     for share in filter(None, args.ignored):
@@ -158,17 +178,17 @@ def tasks(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[Tas
     found = []
     for x in data:
         if x not in saved:
-            found += [Task(x, s) for s in swept]
+            found += [Place(x, s) for s in swept]
             continue
         try:
             p: Problem = inputs.saved(x.removeprefix("saved:"))
         except (OSError, ValueError) as error:
             parser.error(f"--data: {error}")
-        found.append(Task(x, shapes.of(*p.e.shape, len(p.c)), p.origin))
+        found.append(Place(x, shapes.of(*p.e.shape, len(p.c)), p.origin))
     return found
 
 
-def run(args: argparse.Namespace, todo: list[Task]) -> int:
+def run(args: argparse.Namespace, todo: list[Place]) -> int:
     """Measures, prints and saves; 1 if a method of cce_ext's own failed."""
     start = time.monotonic()
     state = origin.gpu_state() if args.device == "cuda" else None
@@ -177,16 +197,17 @@ def run(args: argparse.Namespace, todo: list[Task]) -> int:
         "clocks": {"before": state, "after": None} if state else None,
         "cuda": torch.version.cuda,
         "packages": packages(),
+        "task": args.task,
         "dtype": args.dtype,
         "softcap": args.softcap,
         "seed": args.seed,
         "data_statistics": {},
-        "data_origin": {inputs.label(task.data): task.origin for task in todo if task.origin is not None},
+        "data_origin": {inputs.label(place.data): place.origin for place in todo if place.origin is not None},
     }
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
     out = args.out or RESULTS / f"bench_{args.device}_{stamp}.json"
     rows: list[Row] = []
-    everything = [(task, share) for task in todo for share in args.ignored]
+    everything = [(place, share) for place in todo for share in args.ignored]
     for i, ((data, s, _), share) in enumerate(everything):
         label = inputs.label(data)
         left = args.time_limit - (time.monotonic() - start) if args.time_limit else math.inf
@@ -206,6 +227,7 @@ def run(args: argparse.Namespace, todo: list[Task]) -> int:
             spans=args.spans,
             frozen=args.frozen,
             host=args.host,
+            task=args.task,
         )
         new, statistics = measure(job, left)
         for row in new:
@@ -225,7 +247,7 @@ def run(args: argparse.Namespace, todo: list[Task]) -> int:
     if any(r["method"] in EPS and r["runtime_ms"] is not None for r in rows):
         print(f"\n{eps.tables(meta, rows)}")
     print(f"\nsaved {out}")
-    ours = [r for r in rows if METHODS[r["method"]].ours]
+    ours = [r for r in rows if OF_TASK[args.task][r["method"]].ours]
     return 1 if any(r["note"].startswith("failed") or "WRONG" in r["note"] for r in ours) else 0
 
 

@@ -15,6 +15,10 @@
 # tokens, a frozen classifier, 64 to 16384 tokens, and the host's time of a call. Each has a results file.
 # REGIME_METHODS ("cce cce_exact baseline") are measured beside the product, but for the last. They are planned for 300
 # seconds; what does not fit says so.
+# LOGPROBS_SECONDS (0: none of it) is the time for the tasks of post-training, at most half of what is left before the
+# benchmark: log-probabilities with entropies (logprobs) and soft targets (distill) at LOGPROBS_SHAPES ("trl"), and at
+# the first of these how true log-probabilities are (accuracy), on the lm inputs and on the problem that was trained, if
+# one was. Each has a results file. What does not fit says so. Other packages may lie in folders on PYTHONPATH.
 # A part that fails does not stop the next. The exit status is 1 if one failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
@@ -133,6 +137,23 @@ if ((regime_seconds > 0)); then
   [[ -e "$out/tokens.json" ]] && part "tokens_plot" 20 "$python" -m bench plot "$out/tokens.json"
 fi
 
+logprobs_seconds=$((${LOGPROBS_SECONDS:-0} < $(left) / 2 ? ${LOGPROBS_SECONDS:-0} : $(left) / 2))
+# task NAME PERCENT: the benchmark of one, for so much of logprobs_seconds, as regime has it.
+task() {
+  local name=$1 seconds=$((logprobs_seconds * $2 / 100))
+  rm -f "$out/$name.json" "$out/$name.png"
+  timed "$name" "$seconds" "$python" -m bench --task "$name" --shape "${shapes[@]}" --out "$out/$name.json" \
+    --time-limit $((seconds > 9 ? seconds - 8 : 1)) ${COMMIT:+--commit "$COMMIT"}
+}
+if ((logprobs_seconds > 0)); then
+  read -ra shapes <<<"${LOGPROBS_SHAPES:-trl}"
+  task logprobs 50
+  task distill 30
+  rm -f "$out/accuracy.json" "$out/accuracy.png"
+  timed "accuracy" $((logprobs_seconds * 20 / 100)) "$python" -m bench.studies.accuracy --shape "${shapes[0]}" \
+    ${data[@]+"${data[@]}"} --out "$out/accuracy.json" ${COMMIT:+--commit "$COMMIT"}
+fi
+
 # The benchmark keeps within its limit by itself; the rest is for its last file and the plot.
 seconds=$(($(left) * 95 / 100 - 15))
 if ((seconds > 0)); then
@@ -147,9 +168,11 @@ fi
 
 printf '\n%s\n' "=== bench/gpu.sh: $SECONDS of $limit s"
 printf '%s' "$table"
-for name in bench ignored_spans ignored_random frozen tokens host; do
+names=(bench)
+((regime_seconds > 0)) && names+=(ignored_spans ignored_random frozen tokens host)
+((logprobs_seconds > 0)) && names+=(logprobs distill)
+for name in "${names[@]}"; do
   [[ -e "$out/$name.json" ]] || continue
-  [[ "$name" == bench ]] || ((regime_seconds > 0)) || continue
   printf '\n'
   "$python" -c 'import json, sys; from bench.report.tables import short_table; print(short_table(json.load(open(sys.argv[1]))["rows"]))' \
     "$out/$name.json"

@@ -409,6 +409,7 @@ def test_arguments():
         "bench plot",
         "bench result",
         "bench eps",
+        "bench.studies.accuracy",
         "bench.studies.forward",
         "bench.studies.backward",
         "bench.studies.backward plot",

@@ -164,9 +164,9 @@ def test_memory_is_of_the_frozen_side(monkeypatch, capsys):
     seen = []
     make_step = memory.make_step
 
-    def step_of(method, p, softcap):
+    def step_of(method, p, *options):
         seen.append((len(p.e), p.frozen))
-        return make_step(method, p, softcap)
+        return make_step(method, p, *options)
 
     def run(module, *arguments, **options):
         monkeypatch.setattr(sys, "argv", [module, *arguments])

@@ -13,20 +13,34 @@ Row = dict[str, Any]
 FIGURES = (
     *("runtime_ms", "runtime_p20", "runtime_p80", "x_mm", "x_live", "tflops", "op_mem_mb", "host_us"),
     *("de_err", "dc_err", "de_err_mean8", "dc_err_mean8"),
+    *("logprobs_err", "entropy_err"),
 )
 COLUMNS = ("shape", "n", "d", "v", "data", "regime", "method", "kind", *FIGURES, "note")
-# What files from before these columns are taken to hold in them.
-ADDED: Row = {"regime": "", "x_live": None, "host_us": None}
+# Columns that came later, together: what files from before them are taken to hold in them.
+ADDED: tuple[Row, ...] = (
+    {"regime": "", "x_live": None, "host_us": None},
+    {"logprobs_err": None, "entropy_err": None},
+)
 
 
-def empty_rows(shape: Shape, data: str, method: str, note: str, regime: str = "") -> list[Row]:
+def complete(row: Row) -> Row:
+    """A row of a file of any age, with every column, unless it has some only of those that came together."""
+    for columns in ADDED:
+        if not columns.keys() & row.keys():
+            row = columns | row
+    return row
+
+
+def empty_rows(
+    shape: Shape, data: str, method: str, note: str, regime: str = "", kinds: tuple[str, ...] = KINDS
+) -> list[Row]:
     """The rows, one a kind, of a method that was not measured."""
     name, n, d, v = shape
     return [
         {"shape": name, "n": n, "d": d, "v": v, "data": data, "regime": regime, "method": method, "kind": kind}
         | dict.fromkeys(FIGURES)
         | {"note": note}
-        for kind in KINDS
+        for kind in kinds
     ]
 
 

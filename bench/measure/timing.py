@@ -35,8 +35,8 @@ class Times:
     backward: list[float] = field(default_factory=list)
 
     def of(self, kind: str) -> list[float]:
-        """The times of one of KINDS."""
-        if kind == "loss-fw":
+        """The times of one of KINDS, or of SCORE."""
+        if kind in ("loss-fw", SCORE):
             return self.forward
         if kind == "loss-bw":
             return self.backward
@@ -44,6 +44,8 @@ class Times:
 
 
 KINDS = ("loss-fw", "loss-bw", "loss-fw-bw")
+# A forward of which nobody wants a gradient: what a rollout's log-probabilities are found by.
+SCORE = "score"
 
 
 def spread(ms: list[float]) -> tuple[float, float, float]:

@@ -20,23 +20,38 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from ..peers.method import Gradients, LossStep, Step, Unsupported, make_step
-from ..peers.methods import METHODS
+from ..peers.method import (
+    Gradients,
+    LogProbsStep,
+    LossStep,
+    Method,
+    Outputs,
+    ProductStep,
+    ScoreStep,
+    Step,
+    make_step,
+    reason,
+)
+from ..peers.methods import OF_TASK
 from ..problems import inputs, shapes
 from ..problems.inputs import Problem, first_line
 from ..problems.regimes import Regime, ignored_count, live_alone
 from ..problems.shapes import Shape
 from ..problems.statistics import statistics
+from ..problems.tasks import of_task, without_entropy
 from . import errors, host, memory
 from .rows import Row, add_note, empty_rows
-from .timing import FEWEST_REPEATS, SLOW_MS, Times, interleave, spread
+from .timing import FEWEST_REPEATS, KINDS, SCORE, SLOW_MS, Times, interleave, spread
 
-# Floating-point operations of the dense loss, in products of N x D x V multiply-adds: with both gradients, with one.
-PRODUCTS = {"loss-fw": (1, 1), "loss-bw": (2, 1), "loss-fw-bw": (3, 2)}
+# Floating-point operations of the dense task, in products of N x D x V multiply-adds: with both gradients, with one.
+PRODUCTS = {SCORE: (1, 1), "loss-fw": (1, 1), "loss-bw": (2, 1), "loss-fw-bw": (3, 2)}
 DRAWS = 8
 # Of the time there is: for the first calls of all methods, and of any one of them.
 PREPARE_SHARE = 0.75
 METHOD_SHARE = 0.5
+# Of the rms of log-probabilities or entropies: an rms error above it is a mistake. Rounding logits to bf16 costs some
+# tenths of a percent.
+WRONG_SHARE = 0.05
 TIME_LIMIT = "not measured: the time limit"
 
 
@@ -45,7 +60,7 @@ class Job:
     """What to measure. data: one of inputs.KINDS, or saved:FILE. seconds: time to stay within, or None.
 
     excluded: the note of each case that is not to be tried again. ignored, spans, frozen: a Regime's. host: whether
-    host times are measured as well.
+    host times are measured as well. task: one of problems.tasks.TASKS.
     """
 
     shape: tuple[str, int, int, int]
@@ -63,26 +78,46 @@ class Job:
     spans: bool = False
     frozen: str | None = None
     host: bool = False
+    task: str = "loss"
 
     @property
     def regime(self) -> Regime:
         return Regime(self.ignored, self.spans, self.frozen)
 
+    @property
+    def table(self) -> dict[str, Method]:
+        """The methods of its task, by name."""
+        return OF_TASK[self.task]
+
 
 class Case(NamedTuple):
-    """A method on the problem, or on its live rows alone: each has rows, and turns, of its own."""
+    """A method's training or scoring on the problem, or on its live rows alone: each has its own rows and turns."""
 
     method: str
     alone: bool
+    scoring: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.method} on the live rows alone" if self.alone else self.method
+        name = f"{self.method} scoring" if self.scoring else self.method
+        return f"{name} on the live rows alone" if self.alone else name
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return (SCORE,) if self.scoring else KINDS
 
 
 def cases(job: Job) -> list[Case]:
-    """Where tokens are ignored each method is also measured on the others alone."""
-    return [Case(m, alone) for m in job.methods for alone in ((False, True) if job.ignored else (False,))]
+    """Where tokens are ignored each method is also measured on the others alone.
+
+    Log-probabilities are wanted without a gradient as well, where the plain product is no other than with one.
+    """
+    found = []
+    for method in job.methods:
+        for alone in (False, True) if job.ignored else (False,):
+            scores = job.task == "logprobs" and not job.table[method].product
+            found += [Case(method, alone, scoring) for scoring in ((True, False) if scores else (False,))]
+    return found
 
 
 def case_rows(job: Job, case: Case, note: str) -> list[Row]:
@@ -90,7 +125,7 @@ def case_rows(job: Job, case: Case, note: str) -> list[Row]:
     shape = Shape(*job.shape)
     if case.alone:
         shape = shapes.of(shape.n - ignored_count(shape.n, job.ignored), shape.d, shape.v)
-    return empty_rows(shape, job.data, case.method, note, job.regime.name(case.alone))
+    return empty_rows(shape, job.data, case.method, note, job.regime.name(case.alone), case.kinds)
 
 
 @dataclasses.dataclass
@@ -119,7 +154,7 @@ def load_problem(job: Job) -> Problem:
         p = inputs.saved(job.data.removeprefix("saved:"), dtype=dtype, device=job.device)
     else:
         p = inputs.make(job.data, *job.shape[1:], dtype=dtype, device=job.device, seed=job.seed)
-    return job.regime.of(p, job.seed)
+    return of_task(job.task, job.regime.of(p, job.seed), job.seed)
 
 
 def fill_times(job: Job, rows: dict[str, list[Row]], times: dict[str, Times]) -> None:
@@ -159,7 +194,7 @@ class Shapework:
         # First calls can take long, and without the turns after them nothing is measured at all.
         self.prepare_until = time.monotonic() + PREPARE_SHARE * seconds
         self.problems: dict[bool, Problem] = {}
-        self.exact: dict[bool, errors.Exact | None] = {}
+        self.exact: dict[tuple[bool, bool], errors.Exact | None] = {}
         self.rows: dict[str, list[Row]] = {}
         self.calls_ms: dict[str, float] = {}
 
@@ -212,13 +247,23 @@ class Shapework:
     def prepare_problems(self) -> None:
         """The problem and, where tokens are ignored, its live rows alone (of True), with the exact gradient of each."""
         p = load_problem(self.job)
-        if not self.job.ignored:
-            self.problems, self.exact = {False: p}, {False: errors.exact(p, self.job.softcap)}
-            return
-        self.problems = {False: p, True: live_alone(p)}
+        self.problems = {False: p, True: live_alone(p)} if self.job.ignored else {False: p}
+        self.find_exact(entropy=True)
+
+    def find_exact(self, entropy: bool) -> None:
+        """Of each problem; of log-probabilities with their entropy, or of those alone, which some methods have."""
+        of = {alone: p if entropy else without_entropy(p) for alone, p in self.problems.items()}
         # Of the live rows, whatever the number that fits: the first tokens of all may have no live one among them.
-        exact = errors.exact(self.problems[True], self.job.softcap)
-        self.exact = {True: exact, False: exact and exact.among(p)}
+        found = errors.exact(of[bool(self.job.ignored)], self.job.softcap, self.job.task)
+        self.exact[bool(self.job.ignored), entropy] = found
+        if self.job.ignored:
+            self.exact[False, entropy] = found and found.among(of[False])
+
+    def exact_of(self, case: Case) -> errors.Exact | None:
+        entropy = self.job.table[case.method].entropy
+        if (case.alone, entropy) not in self.exact:
+            self.find_exact(entropy)
+        return self.exact[case.alone, entropy]
 
     def turns(self, steps: dict[str, Step], slow: frozenset[str]) -> int:
         quick = len(steps) - len(slow)
@@ -251,17 +296,17 @@ class Shapework:
             timer.cancel()
 
     def prepare(self, case: Case) -> Step | None:
-        """The first calls: compiles, checks the loss and the gradient, measures memory. None if the method fails."""
-        rows, method, problem = self.rows[case.name], METHODS[case.method], self.problems[case.alone]
+        """The first calls: compiles, checks the outputs and the gradient, measures memory. None if the method fails."""
+        rows, method, problem = self.rows[case.name], self.job.table[case.method], self.problems[case.alone]
         try:
-            step = make_step(method, problem, self.job.softcap)
-            if isinstance(step, LossStep):
+            step = make_step(method, problem, self.job.softcap, case.scoring)
+            if not isinstance(step, ProductStep):
                 self.check(step, case)
             self.call(step)
             start = time.perf_counter()
             self.call(step)
             self.calls_ms[case.name] = 1e3 * (time.perf_counter() - start)
-            peaks = memory.peaks(method, problem, self.job.softcap)
+            peaks = memory.peaks(method, problem, self.job.softcap, case.scoring)
             for row in rows:
                 row["op_mem_mb"] = peaks[row["kind"]]
             add_note(rows, method.note)
@@ -280,27 +325,39 @@ class Shapework:
         if self.job.device == "cuda":
             torch.cuda.synchronize()
 
-    def check(self, step: LossStep, case: Case) -> None:
-        """Loss and gradients against the exact ones; a loss that is more than 1 % off is noted."""
-        rows, method, exact = self.rows[case.name], METHODS[case.method], self.exact[case.alone]
+    def check(self, step: LossStep | LogProbsStep | ScoreStep, case: Case) -> None:
+        """Outputs and gradients against the exact ones; a loss that is more than 1 % off is noted."""
+        rows, method, exact = self.rows[case.name], self.job.table[case.method], self.exact_of(case)
+        what = "outputs" if case.scoring else "gradient"
         if exact is None:
-            add_note(rows, "gradient not checked: fp64 does not fit")
+            add_note(rows, f"{what} not checked: fp64 does not fit")
             return
         of = exact.problem
         if len(of.e) < len(self.problems[case.alone].e):
-            add_note(rows, f"gradient error on the first {len(of.e)} tokens")
-            step = LossStep(step.function, of)
+            add_note(rows, f"{what} error on the first {len(of.e)} tokens")
+            step = type(step)(step.function, of)
+        if isinstance(step, ScoreStep):
+            step.forward()
+            assert step.outputs is not None
+            self.check_outputs(step.outputs, exact, rows)
+            step.release()
+            return
         total: Gradients = ()
         figures: dict[str, float | None] = {}
         for draw in range(DRAWS if method.draws else 1):
             torch.manual_seed(self.job.seed + draw)
             step.forward()
             step.backward()
-            assert step.loss is not None and step.gradients is not None
+            assert step.gradients is not None
             if draw == 0:
-                loss = step.loss.item()
-                if not abs(loss - exact.loss) <= 0.01 * abs(exact.loss):
-                    add_note(rows, f"WRONG: loss {loss:.6g}, exact {exact.loss:.6g}")
+                if isinstance(step, LossStep):
+                    assert step.loss is not None
+                    loss = step.loss.item()
+                    if not abs(loss - exact.loss) <= 0.01 * abs(exact.loss):
+                        add_note(rows, f"WRONG: loss {loss:.6g}, exact {exact.loss:.6g}")
+                else:
+                    assert step.outputs is not None
+                    self.check_outputs(step.outputs, exact, rows)
                 figures["de_err"], figures["dc_err"] = exact.errors(step.gradients)
             if method.draws:
                 drawn = tuple(None if g is None else g.float() / DRAWS for g in step.gradients)
@@ -315,14 +372,22 @@ class Shapework:
             if row["kind"] != "loss-fw":
                 row.update(figures)
 
+    def check_outputs(self, outputs: Outputs, exact: errors.Exact, rows: list[Row]) -> None:
+        """The largest error of log-probabilities and of entropies into the rows; a note where the rms is too large."""
+        live = exact.problem.live()
+        for name, x, true in zip(("logprobs", "entropy"), outputs, exact.outputs, strict=True):
+            if x is None:
+                continue
+            largest, rms = errors.distances(x, true, live)
+            scale = true[live].square().mean().sqrt().item()
+            if not rms <= WRONG_SHARE * scale:
+                add_note(rows, f"WRONG: {name} {rms:.3g} off (rms), of {scale:.3g}")
+            for row in rows:
+                row[f"{name}_err"] = largest if math.isfinite(largest) else None
+
     def failed(self, name: str, error: Exception) -> None:
         """Notes why a method has no figures. Raises DeviceLost if the GPU does not answer any more."""
-        if isinstance(error, ImportError) and isinstance(error.__cause__ or error, ModuleNotFoundError):
-            note = f"missing: {first_line(error)}"
-        elif isinstance(error, Unsupported):
-            note = f"not run: {first_line(error)}"
-        else:
-            note = f"failed: {first_line(error)}"
+        note = reason(error)
         case = next(x for x in cases(self.job) if x.name == name)
         self.rows[name] = case_rows(self.job, case, note)
         self.calls_ms.pop(name, None)
@@ -342,7 +407,7 @@ def main() -> None:
     job_file, state_file = sys.argv[1:]
     job = Job(**json.loads(Path(job_file).read_text()))
     state = State(Path(state_file))
-    if job.ignored and any(METHODS[m].compiled for m in job.methods):
+    if job.ignored and any(job.table[m].compiled for m in job.methods):
         # The live rows are a second length, for which a compiled function would become one of any length, for both.
         torch._dynamo.config.automatic_dynamic_shapes = False
     try:

@@ -1,16 +1,22 @@
-"""What a method is, and one training step of it."""
+"""What a method is, and one step of it: of training, or of scoring."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..problems.inputs import Problem
+from ..problems.inputs import Problem, first_line
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Log-probabilities and entropies [N] of (e, c, targets); None of entropies that the method has not.
+Outputs = tuple[Tensor, Tensor | None]
+LogProbs = Callable[[Tensor, Tensor, Tensor], Outputs]
+# The mean loss of (e, c, targets, weights).
+SoftLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 Gradients = tuple[Tensor | None, ...]  # of e and of c; None of a side that is frozen
 
 
@@ -18,20 +24,32 @@ class Unsupported(Exception):
     """The method has not what the run asks for: a softcap, or this version of PyTorch."""
 
 
+def reason(error: BaseException) -> str:
+    """Why a method has no figures, as its rows note it."""
+    if isinstance(error, ImportError) and isinstance(error.__cause__ or error, ModuleNotFoundError):
+        return f"missing: {first_line(error)}"
+    if isinstance(error, Unsupported):
+        return f"not run: {first_line(error)}"
+    return f"failed: {first_line(error)}"
+
+
 @dataclass(frozen=True)
 class Method:
-    """load(softcap) gives the mean loss of (e, c, targets), or raises ImportError or Unsupported.
+    """load(softcap) gives the function of the task, or raises ImportError or Unsupported.
 
+    task: "loss" (a Loss), "logprobs" (a LogProbs) or "distill" (a SoftLoss). entropy: whether a LogProbs has that.
     product: the plain product and no loss. compiled: the first call at a shape compiles. draws: its gradient is random.
     on_request: measured only where --methods names it. note: what a reader of its rows must know.
     """
 
     name: str
-    load: Callable[[float | None], Loss] | None
+    load: Callable[[float | None], Any] | None
     compiled: bool = False
     draws: bool = False
     on_request: bool = False
     note: str = ""
+    task: str = "loss"
+    entropy: bool = True
 
     @property
     def product(self) -> bool:
@@ -45,23 +63,70 @@ class Method:
 class LossStep:
     """One training step of the loss on a problem: forward, then backward, then release."""
 
-    def __init__(self, loss: Loss, p: Problem) -> None:
-        self.inputs = [x.detach().requires_grad_(p.frozen != side) for side, x in (("e", p.e), ("c", p.c))]
+    def __init__(self, loss: Loss | SoftLoss, p: Problem) -> None:
+        self.inputs = differentiable(p)
         self.targets = p.targets
+        self.weights = () if p.weights is None else (p.weights,)
         self.function = loss
         self.release()
 
     def forward(self) -> None:
-        self.loss = self.function(*self.inputs, self.targets)
+        self.loss = self.function(*self.inputs, self.targets, *self.weights)
 
     def backward(self) -> None:
         # autograd.grad and not .backward(): nothing is added to, or zeroed for, an earlier .grad.
-        found = iter(torch.autograd.grad(self.loss, [x for x in self.inputs if x.requires_grad]))
-        self.gradients = tuple(next(found) if x.requires_grad else None for x in self.inputs)
+        found = torch.autograd.grad(self.loss, [x for x in self.inputs if x.requires_grad])
+        self.gradients = of_sides(self.inputs, found)
 
     def release(self) -> None:
         self.loss: Tensor | None = None
         self.gradients: Gradients | None = None
+
+
+class LogProbsStep:
+    """One training step of a policy: log-probabilities and entropies, then their gradients' way back, then release.
+
+    What comes back to a token is its weights over the number of tokens that count.
+    """
+
+    def __init__(self, function: LogProbs, p: Problem) -> None:
+        assert p.weights is not None
+        self.inputs, self.targets = differentiable(p), p.targets
+        self.weights = (p.weights / p.live().sum()).T.contiguous().unbind()
+        self.function = function
+        self.release()
+
+    def forward(self) -> None:
+        self.outputs = self.function(*self.inputs, self.targets)
+
+    def backward(self) -> None:
+        assert self.outputs is not None
+        there = [(x, weight) for x, weight in zip(self.outputs, self.weights, strict=True) if x is not None]
+        outputs, weights = zip(*there, strict=True)
+        found = torch.autograd.grad(outputs, [x for x in self.inputs if x.requires_grad], weights)
+        self.gradients = of_sides(self.inputs, found)
+
+    def release(self) -> None:
+        self.outputs: Outputs | None = None
+        self.gradients: Gradients | None = None
+
+
+class ScoreStep:
+    """One scoring of a rollout: log-probabilities and entropies without a graph; there is no backward."""
+
+    def __init__(self, function: LogProbs, p: Problem) -> None:
+        self.inputs, self.targets, self.function = differentiable(p), p.targets, function
+        self.release()
+
+    @torch.no_grad()
+    def forward(self) -> None:
+        self.outputs = self.function(*self.inputs, self.targets)
+
+    def backward(self) -> None:
+        """Nothing."""
+
+    def release(self) -> None:
+        self.outputs: Outputs | None = None
 
 
 class ProductStep:
@@ -95,12 +160,28 @@ class ProductStep:
         """Nothing: the next call writes to the same tensors."""
 
 
-Step = LossStep | ProductStep
+Step = LossStep | LogProbsStep | ScoreStep | ProductStep
 
 
-def make_step(method: Method, p: Problem, softcap: float | None) -> Step:
-    """Raises what importing the method raises, and Unsupported."""
-    return ProductStep(p) if method.load is None else LossStep(method.load(softcap), p)
+def make_step(method: Method, p: Problem, softcap: float | None, scoring: bool = False) -> Step:
+    """Of training, or of scoring. Raises what importing the method raises, and Unsupported."""
+    if method.load is None:
+        return ProductStep(p)
+    if scoring:
+        return ScoreStep(method.load(softcap), p)
+    kind = LogProbsStep if method.task == "logprobs" else LossStep
+    return kind(method.load(softcap), p)
+
+
+def differentiable(p: Problem) -> list[Tensor]:
+    """e and c as leaves that require gradients, unless they are frozen."""
+    return [x.detach().requires_grad_(p.frozen != side) for side, x in (("e", p.e), ("c", p.c))]
+
+
+def of_sides(inputs: list[Tensor], found: tuple[Tensor, ...]) -> Gradients:
+    """Those found, with None in the place of a side that has none."""
+    each = iter(found)
+    return tuple(next(each) if x.requires_grad else None for x in inputs)
 
 
 def without_softcap(softcap: float | None) -> None:

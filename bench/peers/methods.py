@@ -1,4 +1,4 @@
-"""All methods by name, in the order of the tables, and the versions of their packages."""
+"""All methods of each task by name, in the order of the tables, and the versions of their packages."""
 
 from __future__ import annotations
 
@@ -44,6 +44,37 @@ METHODS = {
     )
 }
 
+NO_ENTROPY = "it has no entropy: log-probabilities alone"
+
+LOGPROBS = {
+    m.name: m
+    for m in (
+        Method("mm", None, note="products only", task="logprobs"),
+        Method("cce", ours.logprobs("cce"), draws=True, task="logprobs"),
+        Method("cce_exact", ours.logprobs("cce_exact"), task="logprobs"),
+        Method("trl", others.trl_logprobs, task="logprobs"),
+        Method("torch", plain.logprobs, task="logprobs"),
+        Method("compiled_torch", plain.compiled_logprobs, compiled=True, task="logprobs"),
+        Method("fp32_head", plain.logprobs_of_fp32_head, on_request=True, task="logprobs"),
+        Method("liger", others.liger_logprobs, task="logprobs", entropy=False, note=NO_ENTROPY),
+        Method("apple_cce", others.apple_logprobs, task="logprobs", entropy=False, note=NO_ENTROPY),
+    )
+}
+
+DISTILL = {
+    m.name: m
+    for m in (
+        Method("mm", None, note="products only", task="distill"),
+        Method("cce", ours.soft("cce"), draws=True, task="distill"),
+        Method("cce_exact", ours.soft("cce_exact"), task="distill"),
+        Method("torch", plain.soft, task="distill"),
+        Method("compiled_torch", plain.compiled_soft, compiled=True, task="distill"),
+    )
+}
+
+# The methods of each of problems.tasks.TASKS.
+OF_TASK = {"loss": METHODS, "logprobs": LOGPROBS, "distill": DISTILL}
+
 # Distributions whose versions a results file names.
 DISTRIBUTIONS = (
     "triton",
@@ -52,6 +83,7 @@ DISTRIBUTIONS = (
     "quack-kernels",
     "nvidia-cutlass-dsl",
     "apache-tvm-ffi",
+    "trl",
 )
 
 

@@ -11,7 +11,10 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..problems.inputs import IGNORE_INDEX
-from .method import Loss, without_softcap
+from .method import LogProbs, Loss, Outputs, without_softcap
+
+# Columns of the vocabulary at a time: trl.trainer.utils has this number for all its trainers.
+TRL_COLUMNS = 32768
 
 
 def apple(impl: str) -> Callable[[float | None], Loss]:
@@ -57,3 +60,26 @@ def quack(softcap: float | None) -> Loss:
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
     return chunked_linear_cross_entropy
+
+
+def trl_logprobs(softcap: float | None) -> LogProbs:
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    def function(e: Tensor, c: Tensor, t: Tensor) -> Outputs:
+        found = ChunkedLogProbFunction.apply(e, c, None, t, 1.0, TRL_COLUMNS, softcap, 1.0, ("entropy",))
+        return found[0], found[1]
+
+    return function
+
+
+def apple_logprobs(softcap: float | None) -> LogProbs:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return lambda e, c, t: (-linear_cross_entropy(e, c, t, softcap=softcap, reduction="none", impl="cce"), None)
+
+
+def liger_logprobs(softcap: float | None) -> LogProbs:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(softcap=softcap, reduction="none")
+    return lambda e, c, t: (-loss(c, e, t), None)

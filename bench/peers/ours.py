@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 import cce_ext
 
-from .method import Loss, Unsupported
+from .method import LogProbs, Loss, Outputs, SoftLoss, Unsupported
 
 
 def impl(name: str, filter_eps: float | Literal["auto"] = "auto") -> Callable[[float | None], Loss]:
@@ -30,6 +30,25 @@ def fp8(softcap: float | None) -> Loss:
             raise Unsupported(str(error)) from error
 
     return loss
+
+
+def logprobs(name: str) -> Callable[[float | None], LogProbs]:
+    def load(softcap: float | None) -> LogProbs:
+        def function(e: Tensor, c: Tensor, t: Tensor) -> Outputs:
+            found = cce_ext.linear_logprobs(e, c, t, softcap=softcap, outputs=("entropy",), impl=name)
+            return found.logprobs, found.entropy
+
+        return function
+
+    return load
+
+
+def soft(name: str) -> Callable[[float | None], SoftLoss]:
+    def load(softcap: float | None) -> SoftLoss:
+        options: dict[str, Any] = {"softcap": softcap, "impl": name}
+        return lambda e, c, t, w: cce_ext.linear_cross_entropy(e, c, t, target_weights=w, **options)
+
+    return load
 
 
 def compiled(name: str) -> Callable[[float | None], Loss]:

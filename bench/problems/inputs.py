@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class Problem:
-    """One instance of the loss: e [N, D], c [V, D] and targets [N] (int64) on one device.
+    """One instance of a task: e [N, D], c [V, D] and targets [N] (int64) on one device.
 
     origin: what a saved one says of where it is from. frozen: "e" or "c" where that one requires no gradient.
+    weights: what tokens count for, of the tasks that have it (tasks.py). With soft targets targets are [N, K] as well.
     """
 
     e: Tensor
@@ -32,6 +33,17 @@ class Problem:
     targets: Tensor
     origin: dict[str, Any] | None = None
     frozen: str | None = None
+    weights: Tensor | None = None
+
+    def rows(self, which: slice | Tensor) -> Problem:
+        """The problem of these tokens alone."""
+        weights = None if self.weights is None else self.weights[which]
+        return replace(self, e=self.e[which], targets=self.targets[which], weights=weights)
+
+    def live(self) -> Tensor:
+        """Which tokens are not ignored, [N] bool: those that have a target."""
+        live = self.targets != IGNORE_INDEX
+        return live if live.dim() == 1 else live.any(1)
 
 
 def make(data: str, n: int, d: int, v: int, *, dtype: torch.dtype, device: str, seed: int = 0) -> Problem:

@@ -75,5 +75,4 @@ def prompt_lengths(n: int, share: float, generator: torch.Generator) -> list[int
 
 def live_alone(p: Problem) -> Problem:
     """The same problem cut to the tokens that are not ignored."""
-    live = p.targets != IGNORE_INDEX
-    return replace(p, e=p.e[live], targets=p.targets[live])
+    return p.rows(p.live())

@@ -1,4 +1,4 @@
-"""Shapes N, D, V by the name of the model whose hidden width and vocabulary they have."""
+"""Shapes N, D, V by name: of the model whose hidden width and vocabulary they have, or of who measures at them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-    """name: the model's, or "N,D,V"; n tokens, d hidden width, v vocabulary."""
+    """name: one of NAMED's, or "N,D,V"; n tokens, d hidden width, v vocabulary."""
 
     name: str
     n: int
@@ -24,6 +24,10 @@ NAMED = {
         Shape("mistral-nemo", 8192, 5120, 131072),
         Shape("phi3.5", 8192, 3072, 32064),
         Shape("gpt2", 8192, 768, 50304),
+        # Peers' own.
+        Shape("trl", 8192, 4096, 151936),
+        Shape("trl_large", 16384, 2048, 248320),
+        Shape("liger", 4096, 4096, 128256),
     )
 }
 
@@ -48,7 +52,7 @@ def argument(text: str) -> Shape:
 
 
 def of(n: int, d: int, v: int) -> Shape:
-    """The shape, by its model's name if it is a model's. Raises ValueError for one that is empty."""
+    """The shape, by its name if it is one of NAMED. Raises ValueError for one that is empty."""
     if min(n, d, v) < 1:
         raise ValueError(f"N, D and V must be 1 or more, got {n},{d},{v}")
     return next((s for s in NAMED.values() if s[1:] == (n, d, v)), Shape(f"{n},{d},{v}", n, d, v))

@@ -11,7 +11,7 @@ from typing import Any
 from .. import arguments
 from ..measure.rows import Row, inputs_of
 from ..peers.methods import DENSE, EPS, METHODS
-from .files import read_bench
+from .files import read_bench, task_of
 
 HEADER = (
     *("gradient", "forward ms", "backward ms", "both ms", "x mm"),
@@ -76,7 +76,10 @@ def main(argv: list[str]) -> int:
     blocks = []
     for file in args.files:
         try:
-            blocks.append(tables(*read_bench(file)))
+            meta, rows = read_bench(file)
+            if task_of(meta) != "loss":
+                raise ValueError(f"{file}: of --task {task_of(meta)}, which has no table of this kind")
+            blocks.append(tables(meta, rows))
         except (OSError, ValueError) as error:
             parser.error(str(error))
     text = "\n\n".join(blocks)

@@ -8,8 +8,9 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from ..measure.rows import ADDED, COLUMNS, FIGURES, Row
-from ..measure.timing import KINDS
+from ..measure.rows import COLUMNS, FIGURES, Row, complete
+from ..measure.timing import KINDS, SCORE
+from ..problems.tasks import TASKS
 
 
 def save(file: Path, meta: dict[str, Any], rows: list[Row]) -> None:
@@ -29,7 +30,13 @@ def read_bench(file: Path) -> tuple[dict[str, Any], list[Row]]:
         raise ValueError(f"{file}: {error}") from error
     if kind != "bench":
         raise ValueError(f"{file}: a results file of another benchmark ({kind})")
-    return result["meta"], [ADDED | row for row in result["rows"]]
+    return result["meta"], [complete(row) for row in result["rows"]]
+
+
+def task_of(meta: dict[str, Any]) -> str:
+    """The task of a file of `python -m bench`: files from before there were several are of the loss."""
+    task: str = meta.get("task", "loss")
+    return task
 
 
 _MACHINE = ("device", "torch", "commit", "command", "date")
@@ -42,6 +49,10 @@ _DISTRIBUTED_ROW = {
     *("shape", "n", "d", "v", "ranks", "method", "kind", "runtime_ms", "runtime_p20", "runtime_p80"),
     *("op_mem_mb", "speed_up", "communication"),
 }
+_ACCURACY_ROW = {
+    *("shape", "n", "d", "v", "data", "method", "note"),
+    *("logprobs_max", "logprobs_rms", "entropy_max", "entropy_rms"),
+}
 # packaging/try_torches.py: "ok" or what went wrong, and where a row is from, since several runs make up a file.
 _TORCH_VERSION_ROW = {
     *("version", "torch", "python", "import", "opcheck", "compile", "step"),
@@ -50,7 +61,7 @@ _TORCH_VERSION_ROW = {
 
 
 def check(result: dict[str, Any]) -> str:
-    """What a results file is of: bench, backward, distributed, ladder, portable, overhead, ranks, study, torch, train.
+    """What a results file is of: a kind of bench/README.md, or bench.
 
     Raises ValueError if it is of none.
     """
@@ -77,6 +88,16 @@ def check(result: dict[str, Any]) -> str:
         for row in rows:
             _require(set(row) == {"method", "forward_us", "forward_backward_us"}, f"an overhead row has {sorted(row)}")
         return "overhead"
+    if "logprobs_rms" in rows[0]:
+        for row in rows:
+            _require(set(row) == _ACCURACY_ROW, f"a row of accuracy has {sorted(row)}")
+            for of in ("logprobs", "entropy"):
+                rms, largest = row[f"{of}_rms"], row[f"{of}_max"]
+                given = rms is not None and largest is not None and 0 <= rms <= largest < math.inf
+                _require(
+                    given or bool(row["note"]), f"row {row['method']}, {row['data']}: {of}, and no note that says why"
+                )
+        return "accuracy"
     if "opcheck" in rows[0]:
         for row in rows:
             _require(set(row) == _TORCH_VERSION_ROW, f"a row of torch's versions has {sorted(row)}")
@@ -118,12 +139,15 @@ def _check_bench(meta: dict[str, Any], rows: list[Row]) -> None:
     for key in ("driver", "clocks", "cuda", "packages", "dtype", "softcap", "data_statistics"):
         _require(key in meta, f"meta: no {key}")
     _require(isinstance(meta["packages"], dict) and "cce_ext" in meta["packages"], "meta: packages lacks cce_ext")
+    task = task_of(meta)
+    _require(task in TASKS, f"meta: task is {task!r}")
+    kinds = (*KINDS, SCORE) if task == "logprobs" else KINDS
     seen = set()
     for given in rows:
-        row = given if ADDED.keys() & given.keys() else ADDED | given
+        row = complete(given)
         _require(set(row) == set(COLUMNS), f"a row has {sorted(set(row) ^ set(COLUMNS))} too many or too few")
         where = f"row {row['shape']} {row['method']} {row['kind']}"
-        _require(row["kind"] in KINDS, f"{where}: kind")
+        _require(row["kind"] in kinds, f"{where}: kind")
         for key in ("shape", "data", "regime", "method", "note"):
             _require(isinstance(row[key], str), f"{where}: {key} is {row[key]!r}")
         for key in ("n", "d", "v"):

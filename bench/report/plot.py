@@ -13,7 +13,7 @@ from typing import Any
 from .. import arguments
 from ..measure.rows import Row, inputs_of
 from ..peers.methods import EPS
-from .files import read_bench
+from .files import read_bench, task_of
 
 # One colour a family, one marker a member.
 STYLES: dict[str, tuple[str, str]] = {
@@ -27,6 +27,10 @@ STYLES: dict[str, tuple[str, str]] = {
     "cce_threshold": ("#0057b8", "v"),
     "torch_compile": ("#e69f00", "o"),
     "baseline": ("#e69f00", "s"),
+    "torch": ("#e69f00", "s"),
+    "compiled_torch": ("#e69f00", "v"),
+    "fp32_head": ("#e69f00", "o"),
+    "trl": ("#8844aa", "s"),
     "compiled_baseline": ("#e69f00", "v"),
     "torch_chunked": ("#e69f00", "D"),
     "apple_cce": ("#cc3311", "o"),
@@ -42,12 +46,17 @@ Place = tuple[int, int, int, str]
 
 
 def load(files: list[Path]) -> tuple[dict[str, Any], list[Row]]:
-    """The first file's meta and the rows of all. Raises OSError or ValueError, which name the file."""
+    """The first file's meta and the rows of all. Raises OSError or ValueError, which name the file.
+
+    Files of another task than the first one's are refused: their methods have the same names.
+    """
     rows: list[Row] = []
     first: dict[str, Any] = {}
     for file in files:
         meta, found = read_bench(file)
         first = first or meta
+        if task_of(meta) != task_of(first):
+            raise ValueError(f"{file}: of --task {task_of(meta)}, and {files[0]} of {task_of(first)}")
         rows += found
     return first, rows
 
@@ -105,9 +114,9 @@ def draw(meta: dict[str, Any], rows: list[Row], file: Path) -> None:
         [handles[m] for m in names], names, loc="outside lower center", ncols=min(len(names), 3 * columns), fontsize=8
     )
     softcap = f", softcap {meta['softcap']:g}" if meta["softcap"] else ""
-    figure.suptitle(
-        f"Forward + backward, {meta['dtype']}{softcap}, {meta['device']}, torch {meta['torch']}", fontsize=10
-    )
+    of = {"loss": "", "logprobs": " of log-probabilities and entropies", "distill": " of soft targets"}
+    title = f"Forward + backward{of[task_of(meta)]}"
+    figure.suptitle(f"{title}, {meta['dtype']}{softcap}, {meta['device']}, torch {meta['torch']}", fontsize=10)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=130)
 

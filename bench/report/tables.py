@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..measure.rows import Row, inputs_of
+from ..measure.timing import SCORE
 
 # Columns that few runs have: their heads, and how their figures are written.
-MORE = {"x_live": ("x live", ".2f"), "host_us": ("host us", ".0f")}
+MORE = {
+    "x_live": ("x live", ".2f"),
+    "host_us": ("host us", ".0f"),
+    "logprobs_err": ("lp err", ".0e"),
+    "entropy_err": ("H err", ".0e"),
+}
 
 
 def table(rows: list[Row]) -> str:
     """The rows of one shape and regime: a line a method and kind, then what was not measured.
 
-    `x live` and `host us` are there where they were measured.
+    The columns of MORE are there where they were measured: `lp err` and `H err` are the largest errors, in nats, of
+    log-probabilities and of entropies.
     """
     width = max(len("method"), *(len(r["method"]) for r in rows))
     more, heads = _more(rows)
@@ -31,13 +38,16 @@ def table(rows: list[Row]) -> str:
             f" {r['data'][:9]:<9} {both:>17} {_number(r['x_mm'], '.2f'):>6}{more(r)} {_number(r['tflops'], '.3g'):>7}"
             f" {_number(r['de_err'], '.1e'):>8} {_number(r['dc_err'], '.1e'):>8} {mean:>17}  {r['note']}".rstrip()
         )
-    without = {r["method"]: r["note"] for r in rows if r["runtime_ms"] is None}
-    lines += [f"{method:<{width}} {note}" for method, note in without.items()]
+    without = dict.fromkeys((r["method"], r["note"]) for r in rows if r["runtime_ms"] is None)
+    lines += [f"{method:<{width}} {note}" for method, note in without]
     return "\n".join(lines)
 
 
 def short_table(rows: list[Row]) -> str:
-    """Forward and forward + backward beside the plain product, a line a shape and method."""
+    """Forward and forward + backward beside the plain product, a line a shape and method.
+
+    Before them scoring, where it was measured.
+    """
     names = {inputs_of(r): "" for r in rows}
     head = ""
     if len(names) > 1:
@@ -45,23 +55,34 @@ def short_table(rows: list[Row]) -> str:
         names = {name: f" {name:<{width}}" for name in names}
         head = f" {'data':<{width}}"
     more, heads = _more(rows)
+    scored = any(r["kind"] == SCORE for r in rows)
+    score_heads = f" {'score ms':>9} {'x mm':>6} {'MB':>8}" if scored else ""
     lines = [
-        f"{'shape':<14}{head} {'method':<24} {'fw ms':>9} {'x mm':>6} {'fw+bw ms':>9} {'x mm':>6}{heads} {'MB':>8}"
+        f"{'shape':<14}{head} {'method':<24}{score_heads} {'fw ms':>9} {'x mm':>6} {'fw+bw ms':>9} {'x mm':>6}{heads}"
+        f" {'MB':>8}"
     ]
     pairs = {(r["shape"], inputs_of(r), r["method"], r["kind"]): r for r in rows}
     for shape, data, method, kind in pairs:
         if kind != "loss-fw":
             continue
         forward, both = pairs[shape, data, method, kind], pairs[shape, data, method, "loss-fw-bw"]
+        score = _score(pairs.get((shape, data, method, SCORE))) if scored else ""
+        start = f"{shape:<14}{names[data]} {method:<24}{score}"
         if forward["runtime_ms"] is None:
-            lines.append(f"{shape:<14}{names[data]} {method:<24} {forward['note']}")
+            lines.append(f"{start} {forward['note']}")
             continue
         lines.append(
-            f"{shape:<14}{names[data]} {method:<24} {forward['runtime_ms']:>9.3f} {_number(forward['x_mm'], '.2f'):>6}"
+            f"{start} {forward['runtime_ms']:>9.3f} {_number(forward['x_mm'], '.2f'):>6}"
             f" {both['runtime_ms']:>9.3f} {_number(both['x_mm'], '.2f'):>6}{more(both)}"
             f" {_number(both['op_mem_mb'], '.0f'):>8}"
         )
     return "\n".join(lines)
+
+
+def _score(row: Row | None) -> str:
+    """Time, ratio and memory of a row, or of none."""
+    ms, ratio, mb = (None, None, None) if row is None else (row["runtime_ms"], row["x_mm"], row["op_mem_mb"])
+    return f" {_number(ms, '.3f'):>9} {_number(ratio, '.2f'):>6} {_number(mb, '.1f'):>8}"
 
 
 def _more(rows: list[Row]) -> tuple[Callable[[Row], str], str]:

@@ -16,7 +16,7 @@ def quick(monkeypatch, request):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     if "processes" not in request.fixturenames:
-        monkeypatch.setattr(memory, "peaks", lambda *a: dict.fromkeys(timing.KINDS, 1.0))
+        monkeypatch.setattr(memory, "peaks", lambda *a: dict.fromkeys((*timing.KINDS, timing.SCORE), 1.0))
     yield
     torch.set_num_threads(threads)
 
