@@ -10,6 +10,7 @@
 #include "kernels/logits_sm90.cuh"
 #include "kernels/lse.cuh"
 #include "kernels/visit_queue.cuh"
+#include "kernels/visit_scan_sm90.cuh"
 #include "kernels/visit_slots_sm90.cuh"
 #include "kernels/visits_arguments.cuh"
 #include "ptx/sync.cuh"
@@ -69,7 +70,7 @@ class VisitConsumer {
       logits.sums.clear();
       logits.template multiply<true>(ring_, place_, steps, warpgroup());
       if (slot.item.work == VisitWork::kVisitsOfScan) {
-        correct_scan(logits.sums, slot);
+        correct_scan(a_, slot, logits.sums, first_m(), lane());
         return;
       }
       write_dz(logits.sums, slot, dz);
@@ -105,7 +106,7 @@ class VisitConsumer {
                   a_.c.count);
     ptx::wgmma_hold(sums.tiles[0]);
     const float factor = scale().factor;
-    const int first_m = warpgroup() * LogitsSm90::kConsumerRows + warp() * 16 + lane() / 4;
+    const int first_m = this->first_m();
     const auto row_of = [&](int r) -> const VisitRow& {
       return slot.row[first_m + LogitSums::row_offset(r)];
     };
@@ -153,30 +154,6 @@ class VisitConsumer {
                      pack(sums.at(r, 2 * tile), sums.at(r, 2 * tile + 1), Element());
         };
         store_32_columns(pair, leaves, out + down * kTileColumns + 32 * group, lane());
-      }
-    }
-  }
-
-  // What the tile's own sum of p has more than the scan's, by the visit's weight.
-  __device__ __forceinline__ void correct_scan(LogitSums& sums, const VisitSlot<Element>& slot) {
-    finish_logits(sums, slot.item.strip * kTileColumns + LogitSums::first_column(lane()), a_.bias,
-                  a_.bias_stride, a_.softcap, a_.c.count);
-#pragma unroll
-    for (int r = 0; r < LogitSums::kRows; ++r) {
-      const int m =
-          warpgroup() * LogitsSm90::kConsumerRows + warp() * 16 + lane() / 4 + LogitSums::row_offset(r);
-      const VisitRow row = slot.row[m];
-      float total[2] = {0.0f, 0.0f};
-#pragma unroll
-      for (int c = 0; c < LogitSums::kColumns; ++c) {
-        total[c % 2] += ptx::exp2_approx(fmaf(sums.at(r, c), kLog2E, -row.lse2));
-      }
-      float sum = total[0] + total[1];
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      // In fp64 the order of the sums shows in no fp32 result.
-      if (lane() % 4 == 0 && slot.token[m] >= 0) {
-        atomicAdd(a_.corrections + slot.token[m], static_cast<double>(row.weight) * (sum - row.b));
       }
     }
   }
@@ -378,6 +355,10 @@ class VisitConsumer {
     }
   }
 
+  // The lane's first row of an item.
+  __device__ __forceinline__ static int first_m() {
+    return warpgroup() * LogitsSm90::kConsumerRows + warp() * 16 + lane() / 4;
+  }
   // Where the thread is, computed where it is wanted: the products take the registers.
   __device__ __forceinline__ static int thread() { return ptx::thread_number(); }
   __device__ __forceinline__ static int lane() { return thread() % kWarpLanes; }

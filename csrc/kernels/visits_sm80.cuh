@@ -42,7 +42,10 @@ class Visits {
 
   __device__ __forceinline__ void run() {
     const VisitQueue queue(a_.queue);
-    while (take(queue)) {
+    for (;;) {
+      if (thread_ == 0) shared_.queue.more = queue.take(shared_.queue.item);
+      __syncthreads();
+      if (!shared_.queue.more) break;
       const VisitItem item = shared_.queue.item;
       if (item.work == VisitWork::kGradC) {
         grad_c_rows(item);
@@ -61,13 +64,6 @@ class Visits {
   using Logits = WarpProduct<Element, 4, 4, Major::kK, Major::kK>;
   using GradE = WarpProduct<Element, 4, 4, Major::kK, Major::kMN>;
   using GradC = WarpProduct<Element, 4, 4, Major::kMN, Major::kMN>;
-
-  // The next item in shared memory, for all threads; false if there is none.
-  __device__ __forceinline__ bool take(const VisitQueue& queue) {
-    if (thread_ == 0) shared_.queue.more = queue.take(shared_.queue.item);
-    __syncthreads();
-    return shared_.queue.more;
-  }
 
   // ---- dz and dE ----
 
@@ -181,6 +177,12 @@ class Visits {
     return count;
   }
 
+  // Of a row's scaled logits; of no token's, any.
+  __device__ __forceinline__ LogitScore score_of(const VisitRow& row, int token) const {
+    if (a_.scores == nullptr || !is_token(token)) return {kLog2E, 0.0f};
+    return {a_.scores[token].scale2, a_.scores[token].h * (row.label < 0 ? row.b : 1.0f)};
+  }
+
   // Whether the row of an item is a token's.
   __device__ __forceinline__ bool is_token(int token) const { return token >= 0 && token < a_.e.count; }
 
@@ -195,11 +197,7 @@ class Visits {
       const int m = first_m_ + Sums::row_offset(r) + Sums::first_row(lane_);
       const VisitRow row = shared_.rows[m];
       const GradientRow g = {row.weight, row.b, row.lse2, row.label};
-      LogitScore score = {kLog2E, 0.0f};
-      if (a_.scores != nullptr && is_token(shared_.tokens[m])) {
-        const TokenScore& of_token = a_.scores[shared_.tokens[m]];
-        score = {of_token.scale2, of_token.h * (row.label < 0 ? row.b : 1.0f)};
-      }
+      const LogitScore score = score_of(row, shared_.tokens[m]);
 #pragma unroll
       for (int c = 0; c < Sums::kColumns; c += 2) {
         float dz[2];
