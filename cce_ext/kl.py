@@ -79,6 +79,7 @@ def linear_kl(
     teacher = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight, "teacher_bias": teacher_bias}
     _check_plain(student | teacher | {"mask": mask})
     check_reduction(reduction)
+    _check_numbers(kind, beta, temperature, student_softcap, teacher_softcap)
     if kind != "jsd" and beta != _BETA:
         raise ValueError(f"beta: expected none with kind={kind!r}, which has no use for it, got {beta!r}")
     if teacher_hidden.requires_grad and torch.is_grad_enabled():
@@ -155,13 +156,27 @@ def _check_head(side: str, e: Tensor, c: Tensor, bias: Tensor | None) -> None:
             raise ValueError(f"{side}_{name}: expected {e.device} like {side}_hidden, got {x.device}")
     if e.shape[-1] == 0:
         raise ValueError(f"{side}_hidden: expected [.., D] with D >= 1, got {list(e.shape)}")
-    if c.dim() != 2 or c.shape[1] != e.shape[-1] or len(c) == 0:
+    if c.dim() != 2 or c.shape[1] != e.shape[-1] or c.shape[0] == 0:
         raise ValueError(
             f"{side}_weight: expected [V, {e.shape[-1]}] with V >= 1 for {side}_hidden of width {e.shape[-1]}, got "
             f"{list(c.shape)}"
         )
     if bias is not None and bias.shape != c.shape[:1]:
-        raise ValueError(f"{side}_bias: expected [{len(c)}] for {side}_weight {list(c.shape)}, got {list(bias.shape)}")
+        raise ValueError(
+            f"{side}_bias: expected [{c.shape[0]}] for {side}_weight {list(c.shape)}, got {list(bias.shape)}"
+        )
+
+
+def _check_numbers(
+    kind: str, beta: float, temperature: float, softcap: float | None, teacher_softcap: float | None
+) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    _check_number("beta", beta, 1.0)
+    _check_number("temperature", temperature)
+    for name, bound in (("student_softcap", softcap), ("teacher_softcap", teacher_softcap)):
+        if bound is not None:
+            _check_number(name, bound)
 
 
 def _check_number(name: str, value: float, below: float | None = None) -> None:
@@ -187,30 +202,24 @@ def _checked(
     teacher_softcap: float | None = None,
 ) -> tuple[str, float, tuple[float, float | None, float | None]]:
     """What the two operators have in common: kind, beta, and what makes logits. Raises TypeError and ValueError."""
-    if kind not in KINDS:
-        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-    _check_number("beta", beta, 1.0)
-    _check_number("temperature", temperature)
-    for name, bound in (("student_softcap", softcap), ("teacher_softcap", teacher_softcap)):
-        if bound is not None:
-            _check_number(name, bound)
+    _check_numbers(kind, beta, temperature, softcap, teacher_softcap)
     if e.dim() != 2 or teacher_e.dim() != 2:
         raise ValueError(f"hidden: expected [N, D] each, got {list(e.shape)} and {list(teacher_e.shape)}")
     _check_head("student", e, c, bias)
     _check_head("teacher", teacher_e, teacher_c, teacher_bias)
-    if len(teacher_c) != len(c):
+    if teacher_c.shape[0] != c.shape[0]:
         raise ValueError(
-            f"teacher_weight: expected {len(c)} rows, the vocabulary of student_weight {list(c.shape)}, got "
+            f"teacher_weight: expected {c.shape[0]} rows, the vocabulary of student_weight {list(c.shape)}, got "
             f"{list(teacher_c.shape)}"
         )
-    if len(teacher_e) != len(e):
-        raise ValueError(f"teacher_hidden: expected {len(e)} tokens like student_hidden, got {list(teacher_e.shape)}")
-    if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(
-            f"mask: expected bool, True where a token counts, got {mask.dtype}; of targets: targets != -100"
+    if teacher_e.shape[0] != e.shape[0]:
+        raise ValueError(
+            f"teacher_hidden: expected {e.shape[0]} tokens like student_hidden, got {list(teacher_e.shape)}"
         )
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected bool, True where a token counts, got {mask.dtype}; give targets != -100")
     if mask is not None and mask.shape != e.shape[:1]:
-        raise ValueError(f"mask: expected [{len(e)}], got {list(mask.shape)}")
+        raise ValueError(f"mask: expected [{e.shape[0]}], got {list(mask.shape)}")
     for name, other in (("teacher_hidden", teacher_e), ("mask", mask)):
         if other is not None and other.device != e.device:
             raise ValueError(f"{name}: expected {e.device} like student_hidden, got {other.device}")

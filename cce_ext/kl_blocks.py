@@ -201,17 +201,22 @@ def _jsd(blocks: _Blocks, beta: float) -> Divergence:
             log_p, log_q = blocks.logits(rows, columns)
             log_p -= lse[rows, None]
             log_q -= teacher_lse[rows, None]
-            above, distance = _mixture(log_p, log_q, beta)
-            of_teacher[rows] -= blocks.weighed(log_q.exp_(), above - distance).sum(1)
-            of_student[rows] -= blocks.weighed(log_p.exp_(), above).sum(1)
+            above_larger, distance = _mixture(log_p, log_q, beta)
+            above_p = distance.clamp(min=0).add_(above_larger)
+            above_q = distance.neg_().clamp_(min=0).add_(above_larger)
+            of_teacher[rows] -= blocks.weighed(log_q.exp_(), above_q).sum(1)
+            of_student[rows] -= blocks.weighed(log_p.exp_(), above_p).sum(1)
     return Divergence(beta * of_teacher + (1 - beta) * of_student, lse, teacher_lse, of_student)
 
 
 def _mixture(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """log r - log p, and log q - log p. Near 0 both keep their digits."""
+    """Log r less the larger one of log p and log q, and log q - log p. Near 0 both keep their digits."""
     distance = log_q - log_p
-    smaller = (distance > 0).to(distance.dtype).mul_(1 - 2 * beta).add_(beta)  # the weight of the smaller one in r
-    return distance.abs().neg_().expm1_().mul_(smaller).log1p_().add_(distance.clamp(min=0)), distance
+    # The smaller one's weight in r: never so near 1 that the larger one has none where the smaller one is 0.
+    most = 1 - torch.finfo(distance.dtype).eps
+    of_p, of_q = (distance.new_full((), min(x, most)) for x in (1 - beta, beta))
+    smaller = torch.where(distance > 0, of_p, of_q)
+    return distance.abs().neg_().expm1_().mul_(smaller).log1p_(), distance
 
 
 def gradients(
@@ -284,6 +289,7 @@ def _dz(
         if kind == "reverse":
             score = log_p - log_q
         else:
-            score, weight = _mixture(log_p, log_q, beta)[0].neg_(), weight * (1 - beta)
+            above_larger, distance = _mixture(log_p, log_q, beta)
+            score, weight = distance.clamp_(min=0).add_(above_larger).neg_(), weight * (1 - beta)
         dz = blocks.weighed(log_p.exp_(), score.sub_(found.mean[rows, None])).mul_(weight)
     return dz if slope is None else dz.mul_(slope)
