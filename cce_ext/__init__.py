@@ -2,6 +2,7 @@
 
 from . import layers  # kernels looks for layers here
 from .api import LinearCrossEntropy, linear_cross_entropy
+from .kl import linear_kl
 from .logprobs import LogProbs, linear_logprobs
 from .ops import HAS_CUDA
 from .options import IMPLS, LinearCrossEntropyImpl
@@ -21,5 +22,6 @@ __all__ = [
     "compute_z_loss",
     "layers",
     "linear_cross_entropy",
+    "linear_kl",
     "linear_logprobs",
 ]

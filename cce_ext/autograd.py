@@ -308,3 +308,8 @@ def _register(library: torch.library.Library, name: str, differentiable: Callabl
         return _call_kernel(call, *args, **options)
 
     library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def register_operator(library: torch.library.Library, name: str, gradient: Callable[..., Any] | str) -> None:
+    """Register one operator's gradient, or the message of the NotImplementedError that stands for it."""
+    _register(library, name, _not_differentiable(gradient) if isinstance(gradient, str) else gradient)

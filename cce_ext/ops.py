@@ -258,6 +258,15 @@ def register_composite(name: str, kernel: Callable[..., Any]) -> None:
     _library.impl(name, kernel, "CompositeImplicitAutograd")
 
 
+def register_functional(
+    name: str, kernel: Callable[..., Any], fake: Callable[..., Any], gradient: Callable[..., Any] | str
+) -> None:
+    """Make kernel an operator's, for every device, with a gradient of its own: autograd.register_operator."""
+    torch.library.register_fake(add_op_namespace_prefix(name), fake)
+    autograd.register_operator(_library, name, gradient)
+    _library.impl(name, kernel, "CompositeExplicitAutograd")
+
+
 def refuse_cuda(*args: Any, **kwargs: Any) -> NoReturn:
     """The operators' CUDA kernel in a build that has none. Raises RuntimeError that says how to get them."""
     raise RuntimeError(WITHOUT_CUDA)

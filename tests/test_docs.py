@@ -67,6 +67,7 @@ RUN: dict[str, Callable[[dict[str, Any]], bool]] = {
         (x["entropy"] > 0).all() and x["hidden"].grad.norm() > 0 and x["weight"].grad.isfinite().all()
     ),
     "soft_targets.md": soft_targets_are_right,
+    "kl.md": lambda x: bool(0 < x["after"] < x["before"] and x["weight"].grad is not None and x["head"].grad is None),
     "transformers.md": lambda x: (
         x["patched"].logits is None and math.isclose(x["before"].loss.item(), x["patched"].loss.item(), rel_tol=1e-5)
     ),

@@ -64,6 +64,20 @@ CCE_TORCH_LIBRARY(m) {
       "bool filter_e=True, bool filter_c=True, bool need_e=True, bool need_c=True, bool need_bias=False, "
       "Tensor? scale=None) "
       "-> (Tensor grad_e, Tensor grad_c, Tensor grad_bias)");
+  // The divergence of the softmaxes of two heads, which may differ in D alone. mask: bool [N], the tokens
+  // that count. The logits of each are its softcap's, over temperature. lse, teacher_lse and mean are for the
+  // backward, and have no gradient.
+  m.def(
+      "kl_forward(Tensor e, Tensor c, Tensor? bias, Tensor teacher_e, Tensor teacher_c, Tensor? "
+      "teacher_bias, "
+      "Tensor? mask, *, str kind=\"forward\", float beta=0.5, float temperature=1.0, float? softcap=None, "
+      "float? teacher_softcap=None) -> (Tensor kl, Tensor lse, Tensor teacher_lse, Tensor mean)");
+  m.def(
+      "kl_backward(Tensor g, Tensor e, Tensor c, Tensor? bias, Tensor teacher_e, Tensor teacher_c, "
+      "Tensor? teacher_bias, Tensor? mask, Tensor lse, Tensor teacher_lse, Tensor mean, *, "
+      "str kind=\"forward\", float beta=0.5, float temperature=1.0, float? softcap=None, "
+      "float? teacher_softcap=None, bool need_e=True, bool need_c=True, bool need_bias=False) "
+      "-> (Tensor grad_e, Tensor grad_c, Tensor grad_bias)");
   m.def("build_info() -> str");
   // In builds with CUDA only.
   m.def("device_info(int device) -> str");
