@@ -115,7 +115,9 @@ class ScoreStep:
     """One scoring of a rollout: log-probabilities and entropies without a graph; there is no backward."""
 
     def __init__(self, function: LogProbs, p: Problem) -> None:
-        self.inputs, self.targets, self.function = differentiable(p), p.targets, function
+        # A parameter says that it requires a gradient, whoever looks at it; what a model computes without one does not.
+        self.inputs = [p.e.detach(), p.c.detach().requires_grad_(p.frozen != "c")]
+        self.targets, self.function = p.targets, function
         self.release()
 
     @torch.no_grad()
