@@ -54,8 +54,10 @@ const char* encode_rows(CUtensorMap& map, const void* data, int64_t rows, int64_
                         int box_rows) {
   const auto encode = tensor_map_encoder();
   if (encode == nullptr) return "the driver has no cuTensorMapEncodeTiled";
-  // A single row's stride may be anything; it is never used, but checked.
-  const int64_t row_bytes = (rows == 1 ? d : stride) * static_cast<int64_t>(sizeof(Element));
+  // A single row's stride may be anything; it is never used, but checked: a multiple of 16 bytes.
+  constexpr int64_t kAlignment = 16;
+  const int64_t bytes = (rows == 1 ? d : stride) * static_cast<int64_t>(sizeof(Element));
+  const int64_t row_bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(d), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(row_bytes)};
   const cuuint32_t box[2] = {kRowBytes / sizeof(Element), static_cast<cuuint32_t>(box_rows)};
