@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -355,6 +356,34 @@ def test_memory_in_processes_of_their_own():
     assert score["score"] > 0.9 * logits_mb and ours["score"] < 0.5 * logits_mb
     soft = tasks.soft_targets(inputs.lm(64, 64, 300, dtype=torch.float32), 0)
     assert set(memory.peaks(DISTILL["torch"], soft, 3.0)) == set(timing.KINDS)
+
+
+@pytest.mark.usefixtures("processes")
+def test_memory_is_of_what_was_asked_for(monkeypatch, capsys):
+    """The process that measures it is told whether to score, and has the weights and the softcap."""
+    seen = []
+    make_step = memory.make_step
+
+    def step_of(method, p, softcap, scoring):
+        seen.append((method.task, len(p.e), tuple(p.weights.shape), softcap, scoring))
+        return make_step(method, p, softcap, scoring)
+
+    def run(module, *arguments, **options):
+        monkeypatch.setattr(sys, "argv", [module, *arguments])
+        memory.main()
+        return subprocess.CompletedProcess([], 0, stdout=capsys.readouterr().out, stderr="")
+
+    monkeypatch.setattr(memory, "make_step", step_of)
+    monkeypatch.setattr(memory.child, "run", run)
+    p = policy(16, dtype=torch.float32)
+    assert set(memory.peaks(LOGPROBS["torch"], p, 4.0, True)) == {"score"}
+    assert set(memory.peaks(LOGPROBS["torch"], p, None)) == set(timing.KINDS)
+    memory.peaks(DISTILL["torch"], tasks.soft_targets(p, 0), None)
+    assert seen == [
+        *(("logprobs", n, (n, 2), 4.0, True) for n in (8, 16)),
+        *(("logprobs", n, (n, 2), None, False) for n in (8, 16)),
+        *(("distill", n, (n, 64), None, False) for n in (8, 16)),
+    ]
 
 
 def in_this_process(job, left):
