@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from cce_ext import LinearCrossEntropy, linear_cross_entropy
+from cce_ext import scan as rules
 from cce_ext.layers import CCEForCausalLMLoss
 from cce_ext.options import Options
 
@@ -153,6 +154,15 @@ def test_what_the_operator_needs(options, said, fake, name):
         given = {k: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for k, x in given.items()}
     with mode, pytest.raises(ValueError, match=said):
         getattr(ops, name)(*tensors, **given)
+
+
+def test_the_portable_implementation_has_none(monkeypatch):
+    """Whatever GPU calls it: ROCm has compute capabilities of its own, 9.0 among them."""
+    monkeypatch.setattr(rules, "_check_tensor", lambda *_: None)
+    p = problem()
+    for name in ("lce_forward", "lce_forward_portable"):
+        with pytest.raises(ValueError, match=UNSUPPORTED):
+            getattr(ops, name)(p.e, p.c, p.bias, p.targets, torch.tensor([1]), scan=SCANNED)
 
 
 def test_the_fake_kernel():

@@ -43,6 +43,25 @@ def test_loss_and_gradients(impl, softcap):
         assert error(x, y) < (0.1 if impl == "cce" else 0.01)
 
 
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_the_8_bit_scan(softcap):
+    """Each shard is corrected by draws of its own, before the ranks' sums are joined."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the 8-bit scan takes compute capability 9.0")
+    p = problem(softcap=softcap)
+    options = VocabParallelOptions.from_vocab(V)
+    g = upstream(p)
+    nll, lse, grads = run(p, options, g, scan="fp8")
+    nll_64, lse_64, grads_64 = oracle(p, *g)
+    for x, y in ((nll, nll_64), (lse, lse_64)):
+        off = x.double() - y
+        assert off.abs().max() < 0.06 and off.square().mean().sqrt() < 0.01
+    for x in (nll, lse, grads[0]):
+        assert_same_everywhere(x)
+    for x, y in zip(grads, mine(grads_64, options), strict=True):
+        assert error(x, y) < 0.1
+
+
 def test_unbiased_over_the_ranks():
     """The control variate of each shard, and draws of its own."""
     p = problem()
