@@ -16,6 +16,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from ..layers import next_tokens
 from ..options import FilterEps, GradientOptions, Options, Scan
 from .families import CLASSES, supported
+from .fused_head import has_fused_head, warning_setattr
 from .logits import PromisedLogits, PromisingHead
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ def cce_patch(
     Without labels the model is as it was, and says so once if it is in training. Softcap, logit scale and the bias of
     lm_head are the model's own; labels are int32 or int64 [B, T], -100 where a token does not count. Patch before
     accelerate, FSDP, DDP or torch.compile wrap the model; PEFT may come before or after. Patching again replaces the
-    options.
+    options. Trainers of TRL do not ask for a model's loss, and a patched model that is given to one warns:
+    cce_ext.trl.patch is for them.
 
     Args:
         model_or_model_type: a model (or PEFT's wrapper of one), which alone is patched; or a model type such as "llama"
@@ -97,7 +99,8 @@ def cce_patch(
 
     Raises:
         TypeError: neither a model of transformers nor a config nor a str.
-        ValueError: an option, an unknown model type, or a model that cannot be served, with the reason.
+        ValueError: an option, an unknown model type, or a model that cannot be served, with the reason, such as TRL's
+            fused lm_head.
         NotImplementedError: where a loss is computed first. The forward does with its logits what is not known here, or
             lm_head is more than a linear layer.
     """
@@ -116,9 +119,14 @@ def cce_patch(
     options["train_only"] = train_only
     if not isinstance(model_or_model_type, nn.Module):
         cls = _class_of(model_or_model_type)
-        cls.forward = _patched_forward(cls, options)
+        cls.forward, cls.__setattr__ = _patched_forward(cls, options), warning_setattr(cls)
         return None
     model = _inner_model(model_or_model_type)
+    if has_fused_head(model.__dict__.get("forward")):
+        raise ValueError(
+            "model_or_model_type: this model has the fused lm_head of TRL, as TRL's trainers give it, which does not "
+            "ask for the model's loss; call cce_ext.trl.patch() instead of cce_patch"
+        )
     if "forward" in model.__dict__:
         raise ValueError(
             "model_or_model_type: this model's forward has been replaced already (as accelerate does); patch it before"
@@ -155,9 +163,10 @@ def cce_unpatch(model_or_model_type: nn.Module | str | transformers.PretrainedCo
     if original is None:
         raise ValueError(f"model_or_model_type: {cls.__name__} is not patched")
     cls.forward._cce_undone = True  # models whose forward accelerate has replaced still call this one
-    del cls.forward
-    if cls.forward is not original:  # it was not inherited
-        cls.forward = original
+    for name, own in (("forward", original), ("__setattr__", cls.__setattr__._cce_original)):
+        delattr(cls, name)
+        if getattr(cls, name) is not own:  # it was not inherited
+            setattr(cls, name, own)
 
 
 def _class_of(model_type: str | transformers.PretrainedConfig) -> Any:
@@ -196,7 +205,12 @@ def _patched_class(cls: Any, options: dict[str, Any]) -> Any:
         return _new_patched, (cls, options), *state
 
     names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    patched = {"forward": _patched_forward(cls, options), "__reduce_ex__": reduce, "_cce_unpatched_class": cls}
+    patched = {
+        "forward": _patched_forward(cls, options),
+        "__setattr__": warning_setattr(cls),
+        "__reduce_ex__": reduce,
+        "_cce_unpatched_class": cls,
+    }
     return type(cls.__name__, (cls,), {**names, **patched})
 
 
