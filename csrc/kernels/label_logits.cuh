@@ -61,7 +61,7 @@ __device__ __forceinline__ Accumulator row_dot(const Element* x, const Element* 
 // target outside [0, v).
 template <typename Element, typename Accumulator, typename Index, int kCount>
 __global__ void __launch_bounds__(kLabelLogitsThreads)
-    label_logits_kernel(LabelLogitsArguments<Element, Accumulator, Index> a) {
+    label_logits_kernel(const __grid_constant__ LabelLogitsArguments<Element, Accumulator, Index> a) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
   const int warp = static_cast<int>(threadIdx.x) / kWarpLanes;
   const int64_t tokens_per_grid = static_cast<int64_t>(gridDim.x) * kLabelLogitsTokensPerBlock;
