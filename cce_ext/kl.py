@@ -250,15 +250,16 @@ def _kl_forward(*inputs: Tensor | None, **options: Any) -> tuple[Tensor, ...]:
     kind, beta, numbers = _checked(*inputs, **options)  # type: ignore[arg-type]
     e, mask = inputs[0], inputs[6]
     assert e is not None
+    student, teacher, rows = _heads(inputs, numbers)
+    # Autocast would round what the log-sum-exps' operator is given. It has no part in products into a buffer.
     with without_autocast(e.device):
-        student, teacher, rows = _heads(inputs, numbers)
         found = kl_blocks.divergence(kind, beta, student, teacher)
-        if rows is not None:
-            return tuple(x.new_zeros(len(e)).index_copy_(0, rows, x) for x in found)
-        if mask is None:
-            # Outputs of an operator share no memory.
-            return *found[:3], found.mean.clone()
-        return tuple(x.masked_fill(~mask, 0.0) for x in found)
+    if rows is not None:
+        return tuple(x.new_zeros(len(e)).index_copy_(0, rows, x) for x in found)
+    if mask is None:
+        # Outputs of an operator share no memory.
+        return *found[:3], found.mean.clone()
+    return tuple(x.masked_fill(~mask, 0.0) for x in found)
 
 
 def _kl_backward(
@@ -269,21 +270,20 @@ def _kl_backward(
     e, _, bias, _, _, teacher_bias, mask = heads
     assert e is not None and lse is not None and teacher_lse is not None and mean is not None
     needs = {"need_e": need_e, "need_c": need_c, "need_bias": need_bias}
-    with without_autocast(e.device):
-        student, teacher, rows = _heads(heads, numbers)
-        found = Divergence(mean, lse, teacher_lse, mean)
-        if rows is not None:
-            g, found = g[rows], Divergence(*(x[rows] for x in found))
-        elif mask is not None:
-            # Masked, not multiplied: what flows into a token that does not count may be anything, NaN as well.
-            g = g.masked_fill(~mask, 0.0)
-            if bias is not None or teacher_bias is not None:
-                # Its p and q are 0 then, and so is dz, also where the biases alone are infinitely far apart.
-                lse, teacher_lse = (x.masked_fill(~mask, float("inf")) for x in (lse, teacher_lse))
-                found = Divergence(mean, lse, teacher_lse, mean)
-        d_e, d_c, d_bias = kl_blocks.gradients(kind, beta, g, student, teacher, found, **needs)
-        if d_e is not None and rows is not None:
-            d_e = torch.zeros_like(e, memory_format=torch.contiguous_format).index_copy_(0, rows, d_e.to(e.dtype))
+    student, teacher, rows = _heads(heads, numbers)
+    found = Divergence(mean, lse, teacher_lse, mean)
+    if rows is not None:
+        g, found = g[rows], Divergence(*(x[rows] for x in found))
+    elif mask is not None:
+        # Masked, not multiplied: what flows into a token that does not count may be anything, NaN as well.
+        g = g.masked_fill(~mask, 0.0)
+        if bias is not None or teacher_bias is not None:
+            # Its p and q are 0 then, and so is dz, also where the biases alone are infinitely far apart.
+            lse, teacher_lse = (x.masked_fill(~mask, float("inf")) for x in (lse, teacher_lse))
+            found = Divergence(mean, lse, teacher_lse, mean)
+    d_e, d_c, d_bias = kl_blocks.gradients(kind, beta, g, student, teacher, found, **needs)
+    if d_e is not None and rows is not None:
+        d_e = torch.zeros_like(e, memory_format=torch.contiguous_format).index_copy_(0, rows, d_e.to(e.dtype))
     empty = e.new_empty(0)
     return (
         empty if d_e is None else d_e.to(e.dtype),
@@ -324,16 +324,13 @@ class _KL(torch.autograd.Function):
         *tensors, options = inputs
         value, *rest = call(*tensors, **options)
         ctx.mark_non_differentiable(*rest)
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *rest)
         ctx.options = options
         return value, *rest
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad[1:4]
-        if g is None:
-            return (None,) * 9
         needs = dict(zip(("need_e", "need_c", "need_bias"), need, strict=True))
         found = ops.kl_backward(g, *ctx.saved_tensors, **ctx.options, **needs)
         grads = (x if needed else None for x, needed in zip(found, need, strict=True))

@@ -90,6 +90,22 @@ def test_autocast(kind, device):
 
 
 @each_kind
+def test_operators_under_autocast_keep_their_dtypes(kind, device):
+    h = heads(dtype=torch.float32, device=device, kind=kind).leaves()
+    expected = torch.ops.cce.kl_forward(*operator_inputs(h), kind=kind)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        found = torch.ops.cce.kl_forward(*operator_inputs(h), kind=kind)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_the_divergence_alone_has_a_gradient(device):
+    """What else the operator gives is for its backward: in silence it would have lost its own."""
+    value, *rest = torch.ops.cce.kl_forward(*operator_inputs(heads(device=device).leaves()))
+    assert value.requires_grad
+    assert not any(x.requires_grad for x in rest)
+
+
+@each_kind
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoint(kind, reentrant, device):
     h = heads(device=device, kind=kind).leaves()
