@@ -216,6 +216,16 @@ def test_it_is_the_forwards_alone(options, calls):
     assert all(torch.equal(x, y) for x, y in zip(scanned, plain, strict=True))
 
 
+def test_several_labels_a_token(calls):
+    p = problem()
+    labels = torch.stack([p.targets, p.targets.roll(1)], 1)
+    p = Problem(p.e, p.c, labels, p.bias)
+    shares = torch.tensor([0.75, 0.25]).expand(60, 2)
+    scanned, plain = step(p, scan=SCANNED, target_weights=shares), step(p, target_weights=shares)
+    assert [(call.scan, call.need_map) for call in calls] == [(SCANNED, True), (None, True)]
+    assert all(torch.equal(x, y) for x, y in zip(scanned, plain, strict=True))
+
+
 @pytest.mark.parametrize("frozen", ["e", "c and bias"])
 def test_a_frozen_side(frozen, calls):
     p = problem().leaves()
