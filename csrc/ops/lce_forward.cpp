@@ -26,13 +26,13 @@ using torch::stable::Tensor;
 constexpr const char* kOp = CCE_OPERATOR("lce_forward: ");
 
 void check_scan(const std::string& scan, const std::string& method, double eps, bool need_map,
-                const std::optional<Tensor>& seed, bool scored, const Tensor& e) {
+                const std::optional<Tensor>& seed, bool others, const Tensor& e) {
   CCE_CHECK(scan == "fp8", kOp, "scan must be None or 'fp8', but is '", scan, "'");
   CCE_CHECK(method == "sampled" && need_map && eps > 0 && eps <= 0.5, kOp,
             "scan='fp8' takes method='sampled', eps in (0, 0.5] and need_map=True, which correct the loss by "
             "the visits; got method='",
             method, "', eps=", eps, ", need_map=", need_map ? "True" : "False");
-  CCE_CHECK(!scored, kOp, "scan='fp8' gives neither stats nor a scale");
+  CCE_CHECK(!others, kOp, "scan='fp8' goes with neither stats, scale nor batch_invariant");
   check_seed(kOp, seed, e);
 }
 
@@ -55,7 +55,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lce_forward(
   const Tensor lse = new_empty(e_in, {n}, ScalarType::Float);
   const Tensor tile_map =
       need_map ? new_empty(e_in, {tiles, n}, ScalarType::Short) : new_empty(e_in, {0, 0}, ScalarType::Short);
-  if (scan) check_scan(*scan, method, eps, need_map, seed, scale.has_value() || statistics != 0, e_in);
+  if (scan)
+    check_scan(*scan, method, eps, need_map, seed, scale.has_value() || statistics != 0 || batch_invariant,
+               e_in);
   const bool any = statistics != 0;
   const Tensor stats = new_empty(e_in, {any ? kStatistics : 0, any ? n : 0}, ScalarType::Float);
   const Tensor argmax = new_empty(e_in, {(statistics & kArgmax) != 0 ? n : 0}, ScalarType::Long);
