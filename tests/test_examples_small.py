@@ -42,7 +42,7 @@ def test_the_first_line_says_how_long_it_takes(name):
 def test_the_page_has_every_example():
     """docs/examples.md: each program and notebook, with a command; what they share is no example."""
     page = (ROOT / "docs" / "examples.md").read_text(encoding="utf-8")
-    shared = {"arguments.py", "model.py", "report.py", "text.py", "training.py"}
+    shared = {"arguments.py", "model.py", "report.py", "text.py", "tiny_llama.py", "training.py"}
     examples = {path.name for path in EXAMPLES.iterdir() if path.is_file()} - shared
     assert set(SMALL) <= examples
     assert set(re.findall(r"\]\(\.\./examples/([\w.]+)\)", page)) == examples
