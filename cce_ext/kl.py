@@ -12,7 +12,7 @@ from . import kl_blocks
 from ._ops import ops
 from .classifier import accumulate_dtype, live_rows
 from .kl_blocks import KINDS, Divergence, Head
-from .ops import autocast_inputs, register_functional, without_autocast
+from .ops import autocast_inputs, empty_gradients, register_functional, without_autocast
 from .options import check_reduction, check_tensor, is_a
 from .reduction import is_dtensor, reduce_tokens
 
@@ -309,11 +309,7 @@ def _kl_backward_fake(
     need_bias: bool = False,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        e.new_empty(e.shape if need_e else (0,)),
-        e.new_empty(c.shape if need_c else (0,)),
-        e.new_empty(c.shape[:1] if need_bias and bias is not None else (0,)),
-    )
+    return empty_gradients(e, c, bias, need_e, need_c, need_bias)
 
 
 class _KL(torch.autograd.Function):

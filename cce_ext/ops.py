@@ -170,6 +170,17 @@ def _lce_forward_fake(
     )
 
 
+def empty_gradients(
+    e: Tensor, c: Tensor, bias: Tensor | None, need_e: bool, need_c: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of e's, c's and bias's gradients, as the operators return them: what is not needed is [0]."""
+    return (
+        e.new_empty(e.shape if need_e else (0,)),
+        c.new_empty(c.shape if need_c else (0,)),
+        e.new_empty(c.shape[:1] if need_bias and bias is not None else (0,)),
+    )
+
+
 def _lce_backward_fake(
     g_nll: Tensor | None,
     g_lse: Tensor | None,
@@ -183,11 +194,7 @@ def _lce_backward_fake(
     need_bias: bool = False,
     **keywords: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        e.new_empty(e.shape if need_e else (0,)),
-        c.new_empty(c.shape if need_c else (0,)),
-        e.new_empty(c.shape[:1] if need_bias and bias is not None else (0,)),
-    )
+    return empty_gradients(e, c, bias, need_e, need_c, need_bias)
 
 
 torch.library.register_fake(add_op_namespace_prefix("label_logits"), _label_logits_fake)

@@ -286,23 +286,20 @@ def test_a_seed_says_all(dtype):
 
 
 @each_dtype
-@pytest.mark.parametrize("invariant", [True, False])
-def test_batch_invariance(invariant, dtype):
+def test_batch_invariance(dtype):
     """Bitwise the same alone, in another order, in a longer batch, and beside ignored tokens."""
     p, scale = problem(700, 64, 50257, dtype), scales(700)
-    whole = forward(p, scale, batch_invariant=invariant)
-    same = True
+    whole = forward(p, scale, batch_invariant=True)
     g = torch.Generator().manual_seed(0)
     for picked in (torch.arange(1), torch.arange(64), torch.arange(130, 259), torch.randperm(700, generator=g)):
         picked = picked.to(DEVICE)
         q = replace(p, e=p.e[picked], targets=p.targets[picked])
-        part = forward(q, scale[picked], batch_invariant=invariant)
+        part = forward(q, scale[picked], batch_invariant=True)
         for k, (x, y) in enumerate(zip(part, whole, strict=True)):
-            same &= x.equal(y[..., picked] if k in (2, 3) else y[picked])
+            assert x.equal(y[..., picked] if k in (2, 3) else y[picked])
     ignored = torch.where(torch.arange(700, device=DEVICE) % 3 == 0, p.targets, -100)
-    part = forward(replace(p, targets=ignored), scale, batch_invariant=invariant)
-    same &= part[0][::3].equal(whole[0][::3]) and part[3][:, ::3].equal(whole[3][:, ::3])
-    assert same or not invariant
+    part = forward(replace(p, targets=ignored), scale, batch_invariant=True)
+    assert part[0][::3].equal(whole[0][::3]) and part[3][:, ::3].equal(whole[3][:, ::3])
 
 
 @each_dtype
@@ -338,5 +335,5 @@ def test_in_a_graph_on_another_stream(dtype):
 )
 def test_errors_name_the_argument(change, message):
     p = problem(4, 8, 10, torch.bfloat16)
-    with pytest.raises((RuntimeError, ValueError), match="scale|stats"):
+    with pytest.raises((RuntimeError, ValueError), match=message):
         ops.lce_forward(p.e, p.c, None, p.targets, None, **change)

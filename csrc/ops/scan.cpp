@@ -28,6 +28,7 @@ void correct_scan(const char* op, const LceForwardParams& params, const int64_t*
   space.add(scratch.chunk_begins, 2 * (layout.max_chunks + 1) * word);
   space.add(scratch.pending, layout.max_gates() * word);
   space.add(scratch.items, layout.max_items * static_cast<int64_t>(sizeof(VisitItem)));
+  // No row of an item is the mean token's, but those past its last point there.
   space.add(scratch.mean, in.d * Workspace::kElement);
   space.add(scratch.corrections, in.n * static_cast<int64_t>(sizeof(double)));
   const Tensor memory = space.allocate(e);

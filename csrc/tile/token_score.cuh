@@ -16,7 +16,7 @@ struct alignas(16) TokenScore {
   float entropy;  // H in nats
   // The probability of a visit is the loss's, the tile's norm times the rate, times a factor:
   // even + steep |log norm + H|. It bounds what p (log p + H) weighs after the division by it, and a token's
-  // expected visits as before (docs/design.md, "The gradient of the entropy").
+  // expected visits as before (docs/logprobs.md, "The gradient of the entropy").
   float even, steep;
 
   __device__ __forceinline__ float factor(const TileShare& share) const {
