@@ -70,7 +70,7 @@ def lce_forward(
 
 
 # Of lce_forward alone.
-OF_FORWARD = ("need_map", "stats", "batch_invariant", "scan")
+OF_FORWARD = ("need_map", "stats", "batch_invariant", "scan", "keep_logits")
 
 
 class _LceForward(torch.autograd.Function):

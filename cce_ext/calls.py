@@ -12,9 +12,11 @@ from torch import distributed as dist
 
 from . import reference, vocab_parallel
 from .autograd import lce_forward
+from .few_tokens import keeps_logits
 from .ops import autocast_inputs
 from .options import (
     DENSE,
+    EXACT,
     NAMES,
     Method,
     Names,
@@ -180,6 +182,9 @@ def outputs_of(
     if options.scan is not None:
         check_scan_call(options.scan, call.e, call.may_train)
         more["scan"] = options.scan
+    trains = call.may_train and torch.is_grad_enabled()
+    if trains and keeps_logits(e, method, options, bool(stats) or scale is not None):
+        method, more["keep_logits"] = EXACT, True
     forward: Callable[..., Any] = lce_forward
     if shard is not None:
         forward = functools.partial(vocab_parallel.lce_forward, shard)
@@ -188,7 +193,7 @@ def outputs_of(
         ignore_index=ignore_index,
         softcap=softcap,
         # The scan draws by the map itself.
-        need_map=options.scan is not None or (call.may_train and torch.is_grad_enabled() and method.needs_map),
+        need_map=options.scan is not None or (trains and method.needs_map),
         **method.keywords(),
         **more,
     )

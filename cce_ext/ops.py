@@ -29,7 +29,7 @@ from .options import (
     check_target_range,
     may_look_at,
 )
-from .sampling import num_tiles
+from .sampling import CODE_WORDS, num_tiles
 from .scan import check_scan_kernel, refuse_scan
 
 HAS_CUDA: bool = json.loads(ops.build_info())["cuda"]
@@ -72,9 +72,12 @@ def _lce_forward(
     stats: int = 0,
     batch_invariant: bool = False,
     scan: str | None = None,
+    keep_logits: bool = False,
     **keywords: Any,
 ) -> tuple[Tensor, ...]:
     options = _checked(e, c, bias, targets, keywords)
+    if keep_logits:
+        raise ValueError(f"keep_logits: expected fp16 or bf16 on CUDA, got {e.dtype} on {e.device}")
     if not 0 <= stats < 1 << STATS_ROWS:
         raise ValueError(f"stats: expected a sum of 1, 2, 4 and 8, got {stats}")
     check_scan_kernel(scan, e, seed, options, need_map, stats, batch_invariant)
@@ -155,12 +158,15 @@ def _lce_forward_fake(
     stats: int = 0,
     batch_invariant: bool = False,
     scan: str | None = None,
+    keep_logits: bool = False,
     **keywords: Any,
 ) -> tuple[Tensor, ...]:
     options = _checked(e, c, bias, targets, keywords)
     check_scan_kernel(scan, e, seed, options, need_map, stats, batch_invariant)
     n, dtype = e.shape[0], accumulate_dtype(e)
-    tiles = (num_tiles(c.shape[0]), n) if need_map else (0, 0)
+    tiles: tuple[int, ...] = (num_tiles(c.shape[0]), n) if need_map else (0, 0)
+    if keep_logits:
+        tiles = (num_tiles(c.shape[0]), n, CODE_WORDS)
     return (
         e.new_empty(n, dtype=dtype),
         e.new_empty(n, dtype=dtype),

@@ -185,6 +185,9 @@ class Method(NamedTuple):
         return {"method": self.name, "eps": self.eps, "filter_e": self.filter_e, "filter_c": self.filter_c}
 
 
+EXACT = Method("exact", 0.0, False, False)
+
+
 def resolve_method(options: Options, dtype: torch.dtype) -> Method:
     """The method that a (not dense) impl and its filter options stand for, for e of dtype.
 
@@ -209,7 +212,7 @@ def resolve_method(options: Options, dtype: torch.dtype) -> Method:
         eps = float(filter_eps)
         check_eps(name, eps, "filter_eps")
     if name == "exact" or not (filter_e or filter_c):
-        return Method("exact", 0.0, False, False)
+        return EXACT
     return Method(name, eps, filter_e, filter_c)
 
 

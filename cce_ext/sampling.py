@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 TILE_COLUMNS = 256
+# Of a token in a tile, where a forward keeps its logits: csrc/kernels/logit_codes.h.
+CODE_WORDS = TILE_COLUMNS + 2
 CHAIN_TOKENS = 128
 CHAIN_TILES = 32
 MIN_PROBABILITY = 2.0**-24

@@ -57,8 +57,8 @@ struct LiveProductArguments {
 
 constexpr int kLiveProductRows = 128;
 
-// A block computes 128 rows of the product of the weights' transpose (kMN) or the weights (kK) with E, by 128
-// of D.
+// Blocks compute parts of the product of the weights' transpose (kMN) or the weights (kK) with E: 128 rows by
+// 128 of D each.
 template <typename Element, Major kMajorOfWeights>
 __global__ void __launch_bounds__(kVisitThreads, 1)
     live_product_kernel(const __grid_constant__ LiveProductArguments<Element> a) {
@@ -72,50 +72,56 @@ __global__ void __launch_bounds__(kVisitThreads, 1)
   const int first_m = warp / kVisitWarpsN * (kLiveProductRows / kVisitWarpsM);
   const int first_n = warp % kVisitWarpsN * (kVisitSlice / kVisitWarpsN);
   const int slices = (a.d + kVisitSlice - 1) / kVisitSlice;
-  const int column0 = static_cast<int>(blockIdx.x) / slices * kLiveProductRows;
-  const int d0 = static_cast<int>(blockIdx.x) % slices * kVisitSlice;
+  const int parts = (a.columns + kLiveProductRows - 1) / kLiveProductRows * slices;
+  for (int part_of_product = static_cast<int>(blockIdx.x); part_of_product < parts;
+       part_of_product += static_cast<int>(gridDim.x)) {
+    const int column0 = part_of_product / slices * kLiveProductRows;
+    const int d0 = part_of_product % slices * kVisitSlice;
 
-  // Load
-  int sent = 0;
-  const auto send = [&](uint32_t stage) {
-    const int k0 = sent++ * kLogitsDepth;
-    if constexpr (kMajorOfWeights == Major::kK) {
-      copy_rows_of_mn<kLiveProductRows>(stage, Rows<Element>{a.weights, a.stride, a.columns}, column0, k0,
-                                        a.e.count);
-    }
-#pragma unroll
-    for (int p = 0; p < 4; ++p) {
-      const int token = k0 + p % 2 * kPass + Lane::row(), column = Lane::column() + p / 2 * kRowElements;
-      const bool live = token < a.e.count && a.rows[token].live();
-      const int64_t row = live ? token : 0;
-      if constexpr (kMajorOfWeights == Major::kMN) {
-        ptx::cp_async_16(Lane::destination(stage, p), a.weights + row * a.stride + column0 + column, live);
+    // Load
+    int sent = 0;
+    const auto send = [&](uint32_t stage) {
+      const int k0 = sent++ * kLogitsDepth;
+      if constexpr (kMajorOfWeights == Major::kK) {
+        copy_rows_of_mn<kLiveProductRows>(stage, Rows<Element>{a.weights, a.stride, a.columns}, column0, k0,
+                                          a.e.count);
       }
-      ptx::cp_async_16(Lane::destination(stage + kVisitTileBytes, p),
-                       a.e.data + row * a.e.stride + d0 + column, live && d0 + column < a.d);
-    }
-  };
-  StageStream<kVisitStageBytes, decltype(send)> stream(shared_address(shared), a.stages, send);
-
-  // Compute
-  WarpProduct<Element, 4, 4, kMajorOfWeights, Major::kMN> product(lane, first_m, first_n);
-  product.clear();
-  for (int k0 = 0; k0 < a.e.count; k0 += kLogitsDepth) {
-    stream.next();
-    stream.fill();
 #pragma unroll
-    for (int part = 0; part < kLogitsDepth / 16; ++part) {
-      typename decltype(product)::Fragments f;
-      product.load(f, stream.stage(), stream.stage() + kVisitTileBytes, part);
-      product.multiply(f);
-    }
-  }
+      for (int p = 0; p < 4; ++p) {
+        const int token = k0 + p % 2 * kPass + Lane::row(), column = Lane::column() + p / 2 * kRowElements;
+        const bool live = token < a.e.count && a.rows[token].live();
+        const int64_t row = live ? token : 0;
+        if constexpr (kMajorOfWeights == Major::kMN) {
+          ptx::cp_async_16(Lane::destination(stage, p), a.weights + row * a.stride + column0 + column, live);
+        }
+        ptx::cp_async_16(Lane::destination(stage + kVisitTileBytes, p),
+                         a.e.data + row * a.e.stride + d0 + column, live && d0 + column < a.d);
+      }
+    };
+    StageStream<kVisitStageBytes, decltype(send)> stream(shared_address(shared), a.stages, send);
 
-  // Finish
-  stream.close();
-  const float unscaled = a.keeps_scale ? 1.0f : GradientScale<Element>(a.control->largest).inverse;
-  store_block(product.sums, a.out, column0 + first_m, a.columns, d0 + first_n, a.d, a.factor * unscaled,
-              lane);
+    // Compute
+    WarpProduct<Element, 4, 4, kMajorOfWeights, Major::kMN> product(lane, first_m, first_n);
+    product.clear();
+    for (int k0 = 0; k0 < a.e.count; k0 += kLogitsDepth) {
+      stream.next();
+      stream.fill();
+#pragma unroll
+      for (int part = 0; part < kLogitsDepth / 16; ++part) {
+        typename decltype(product)::Fragments f;
+        product.load(f, stream.stage(), stream.stage() + kVisitTileBytes, part);
+        product.multiply(f);
+      }
+    }
+
+    // Finish
+    stream.close();
+    const float unscaled = a.keeps_scale ? 1.0f : GradientScale<Element>(a.control->largest).inverse;
+    store_block(product.sums, a.out, column0 + first_m, a.columns, d0 + first_n, a.d, a.factor * unscaled,
+                lane);
+    // Before the next part's copies: stages may still be read.
+    __syncthreads();
+  }
 }
 
 }  // namespace cce

@@ -22,13 +22,14 @@
 namespace cce {
 
 struct LogitsSm90Operands {
-  CUtensorMap e, c;  // boxes of [128 or 256 / cluster rows][64 elements]
+  CUtensorMap e, c;  // boxes of [box_rows or 256 / cluster rows][64 elements]
   CUtensorMap live_e;
   LiveRows live;
   LogitsSchedule schedule;  // of all n rows of E: kCluster blocks of rows each
   int n;
-  int steps;  // stages that D takes
-  int depth;  // elements of D in each
+  int box_rows;  // of E in a stage: no more than there are
+  int steps;     // stages that D takes
+  int depth;     // elements of D in each
 };
 
 // The next stage of the ring. A barrier's phases alternate in parity from round to round.
@@ -73,6 +74,7 @@ __device__ __forceinline__ void produce_logits_stages(const LogitsSm90Operands& 
   constexpr auto kAllBlocks = static_cast<uint16_t>((1 << kCluster) - 1);
   const int rank = kCluster == 1 ? 0 : static_cast<int>(ptx::cluster_rank());
   const uint64_t policy = ptx::policy_evict_normal();
+  const auto stage_bytes = static_cast<uint32_t>(operands.box_rows * kRowBytes + LogitsSm90::kTileC);
   const CUtensorMap* e = work.compact ? &operands.live_e : &operands.e;
   ptx::prefetch_tensor_map(e);
   ptx::prefetch_tensor_map(&operands.c);
@@ -80,7 +82,10 @@ __device__ __forceinline__ void produce_logits_stages(const LogitsSm90Operands& 
   RingPlace place;
   for (int index = blockIdx.x / kCluster; index < work.units; index += gridDim.x / kCluster) {
     const LogitsUnit unit = work.schedule.unit(index);
-    const int row = (unit.row_block * kCluster + rank) * LogitsSm90::kRows;
+    // A block that has no rows computes on some that there are: the copy engine takes longer for a box
+    // outside of E than for one inside.
+    int row = (unit.row_block * kCluster + rank) * LogitsSm90::kRows;
+    if (row >= operands.n) row = operands.n - operands.box_rows;
     for (int block = unit.first_column_block; block < unit.end_column_block; ++block) {
       const int column = block * LogitsSm90::kColumns + rank * kColumnsOfBlock;
       for (int step = 0; step < operands.steps; ++step) {
@@ -92,7 +97,7 @@ __device__ __forceinline__ void produce_logits_stages(const LogitsSm90Operands& 
         // new barrier the phase of the other parity counts as ended.
         ptx::mbarrier_wait(ring.empty(place.slot), place.parity ^ 1);
         // The other block's part may arrive sooner: the phase does not end without this arrival.
-        ptx::mbarrier_arrive_expect(full, LogitsSm90::kStageBytes);
+        ptx::mbarrier_arrive_expect(full, stage_bytes);
         ptx::tma_load(tile_e, e, full, depth, row, policy);
         if constexpr (kCluster == 1) {
           ptx::tma_load(tile_c, &operands.c, full, depth, column, policy);

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "kernels/live_rows.h"
+#include "kernels/logit_codes.h"
 #include "ptx/math.cuh"
 #include "tile/softcap.cuh"
 #include "tile/target.cuh"
@@ -31,6 +32,13 @@ struct ScanArguments {
   LseArguments<Element> lse;
   const float* row_scale;   // [R]
   const float* tile_scale;  // [V / 256]
+};
+
+// The same where the logits are kept: see logit_codes.cuh.
+template <typename Element>
+struct CodesArguments {
+  LseArguments<Element> lse;
+  LogitCodes codes;
 };
 
 // log sum exp as a maximum and a sum relative to it.
@@ -84,18 +92,29 @@ struct LseFinishArguments {
   float* nll;          // [n]
   float* lse;          // [n]
   uint16_t* tile_map;  // [tiles, n] or null
+  LogitCodes codes;
   int n, tiles;
 };
 
 // Joins the partial log-sum-exps of each token, in their order. An ignored token's loss and lse are 0, and
-// its codes say "or less": nobody reads them, but an output is to be the same each time.
+// its codes say "or less": nobody reads them, but an output is to be the same each time. Where logits are
+// kept, the grid has a row of blocks for each tile.
 static __global__ void __launch_bounds__(kLseFinishThreads) lse_finish_kernel(LseFinishArguments a) {
   const int index = static_cast<int>(blockIdx.x) * kLseFinishThreads + static_cast<int>(threadIdx.x);
   if (index >= a.n) return;
+  if (a.codes.kept() && a.targets[index] == a.ignore_index) {
+    const int64_t at = static_cast<int64_t>(blockIdx.y) * a.n + index;
+    a.codes.largest()[at] = 0.0f;
+    auto* codes = reinterpret_cast<uint4*>(a.codes.codes + at * kTileColumns);
+    for (int k = 0; k < kTileColumns / 8; ++k) codes[k] = {0, 0, 0, 0};
+  }
+  if (blockIdx.y != 0) return;
   const LiveCount live = *a.live.count;
   if (index < live.rows) {
     const int token = a.live.tokens[index];
     MaxSum total = MaxSum::none();
+    // Of few tokens there are many: their loads are not to wait for each other.
+#pragma unroll 8
     for (int split = 0; split < live.splits; ++split) {
       total.add({a.partial_lse[static_cast<int64_t>(split) * live.rows + index], 1.0f});
     }

@@ -1,8 +1,10 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/finish_logits.cuh"
+#include "kernels/logit_codes.cuh"
 #include "kernels/logits_sm80.cuh"
 #include "kernels/lse.cuh"
 #include "ptx/sync.cuh"
@@ -10,17 +12,18 @@
 namespace cce {
 
 // Reduces each block of logits, a vocab tile wide, to each row's sums: a row of the tile map, and a running
-// log-sum-exp for each unit. Always in the same order.
-template <typename Element>
+// log-sum-exp for each unit. Always in the same order. kKeeps: the logits are left in the codes of
+// logit_codes.cuh.
+template <typename Element, bool kKeeps = false>
 class LseEpilogue {
  public:
-  using Arguments = LseArguments<Element>;
+  using Arguments = std::conditional_t<kKeeps, CodesArguments<Element>, LseArguments<Element>>;
 
   // state: a running log-sum-exp for each row of a block, since the threads' registers are taken.
   static_assert(kLogitsStateBytes == kLogitsRows * sizeof(MaxSum), "one each");
 
   __device__ __forceinline__ LseEpilogue(const Arguments& a, unsigned char* state)
-      : a_(a), running_(reinterpret_cast<MaxSum*>(state)) {}
+      : arguments_(a), a_(lse_of(a)), running_(reinterpret_cast<MaxSum*>(state)) {}
 
   __device__ __forceinline__ void begin(const LogitsUnit&) {
     if (has_row()) running_[ptx::thread_number()] = MaxSum::none();
@@ -37,16 +40,21 @@ class LseEpilogue {
     __syncthreads();
     // A thread takes one row, of which each of four warps has a part.
     static_assert(kLogitsColumns == kTileColumns, "a block is a vocab tile");
-    if (!has_row()) return;
-    TileSums tile = exchange[ptx::thread_number()];
+    if (has_row()) {
+      TileSums& tile = exchange[ptx::thread_number()];
 #pragma unroll
-    for (int other = 1; other < kLogitsWarpsN; ++other)
-      tile.add(exchange[other * kLogitsRows + ptx::thread_number()]);
-    running_[ptx::thread_number()].add(tile.max_sum());
-    const int row = own_row(unit);
-    if (a_.tile_map != nullptr && row < a_.live.count->rows) {
-      const int token = a_.live.tokens[row];
-      a_.tile_map[static_cast<int64_t>(column_block) * a_.n + token] = tile.code(a_.label_logits[token]);
+      for (int other = 1; other < kLogitsWarpsN; ++other)
+        tile.add(exchange[other * kLogitsRows + ptx::thread_number()]);
+      running_[ptx::thread_number()].add(tile.max_sum());
+      const int row = own_row(unit);
+      if (a_.tile_map != nullptr && row < a_.live.count->rows) {
+        const int token = a_.live.tokens[row];
+        a_.tile_map[static_cast<int64_t>(column_block) * a_.n + token] = tile.code(a_.label_logits[token]);
+      }
+    }
+    if constexpr (kKeeps) {
+      __syncthreads();
+      keep(sums, unit, column_block, exchange);
     }
   }
 
@@ -59,6 +67,33 @@ class LseEpilogue {
   }
 
  private:
+  __device__ __forceinline__ static const LseArguments<Element>& lse_of(const Arguments& a) {
+    if constexpr (kKeeps) {
+      return a.lse;
+    } else {
+      return a;
+    }
+  }
+
+  // tiles: the sums of each row of the block, all columns of it.
+  template <typename Sums>
+  __device__ __forceinline__ void keep(const Sums& sums, const LogitsUnit& unit, int column_block,
+                                       const TileSums* tiles) const {
+    const LogitCodes& codes = arguments_.codes;
+#pragma unroll
+    for (int r = 0; r < Sums::kRows; ++r) {
+      const int row_of_block =
+          warp_m() * (kLogitsRows / kLogitsWarpsM) + Sums::row_offset(r) + Sums::first_row(lane());
+      const int row = unit.row_block * kLogitsRows + row_of_block;
+      const bool inside = row < a_.live.count->rows;
+      const int64_t at = static_cast<int64_t>(column_block) * a_.n + (inside ? a_.live.tokens[row] : 0);
+      const float largest = tiles[row_of_block].max;
+      uint16_t* out = codes.codes + at * kTileColumns + warp_n() * (kLogitsColumns / kLogitsWarpsN);
+      store_codes(sums, r, largest, inside, out, lane());
+      if (inside && warp_n() == 0 && lane() % 4 == 0) codes.largest()[at] = largest;
+    }
+  }
+
   // Leaves the sums of each row of the warp's columns: exchange[warp column][row].
   template <typename Sums>
   __device__ __forceinline__ void reduce_rows(const Sums& sums, TileSums* exchange) {
@@ -101,7 +136,8 @@ class LseEpilogue {
     return unit.row_block * kLogitsRows + ptx::thread_number();
   }
 
-  const Arguments& a_;
+  const Arguments& arguments_;
+  const LseArguments<Element>& a_;
   MaxSum* const running_;  // shared
 };
 

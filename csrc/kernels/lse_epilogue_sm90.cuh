@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "kernels/finish_logits.cuh"
+#include "kernels/logit_codes.cuh"
 #include "kernels/logits_sm90_config.h"
 #include "kernels/lse.cuh"
 #include "ptx/math.cuh"
@@ -22,11 +23,16 @@ __device__ __forceinline__ float quad_sum_of_own(const float (&values)[2], bool 
 // tile, so that rows are reduced by shuffles alone. Even lanes of a quad keep the first row's log-sum-exp,
 // odd ones that of the row eight below. What a warp writes of the tile map are 16 neighbouring entries.
 //
-// kScan: the product is of 8 bits, and its scales make logits of it.
-template <typename Element, bool kScan = false>
+// Of a scan the product is of 8 bits, and its scales make logits of it. Where logits are kept, they are left
+// in the codes of logit_codes.cuh.
+enum class LseOf { kLogits, kScan, kKeptLogits };
+
+template <typename Element, LseOf kOf = LseOf::kLogits>
 class LseEpilogueSm90 {
  public:
-  using Arguments = std::conditional_t<kScan, ScanArguments<Element>, LseArguments<Element>>;
+  using Arguments = std::conditional_t<
+      kOf == LseOf::kScan, ScanArguments<Element>,
+      std::conditional_t<kOf == LseOf::kKeptLogits, CodesArguments<Element>, LseArguments<Element>>>;
 
   __device__ __forceinline__ explicit LseEpilogueSm90(const Arguments& a)
       : arguments_(a), a_(lse_of(a)), lane_(static_cast<int>(threadIdx.x) % kWarpLanes) {}
@@ -43,7 +49,7 @@ class LseEpilogueSm90 {
   template <typename Sums>
   __device__ __forceinline__ void block(Sums& sums, int column_block) {
     static_assert(LogitsSm90::kColumns == kTileColumns, "a block is a vocab tile");
-    if constexpr (kScan) {
+    if constexpr (kOf == LseOf::kScan) {
       const float of_tile = arguments_.tile_scale[column_block];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -55,8 +61,10 @@ class LseEpilogueSm90 {
     }
     finish_logits(sums, column_block * LogitsSm90::kColumns + Sums::first_column(lane_), a_.bias,
                   a_.bias_stride, a_.softcap, a_.v);
-    const TileSums tile = reduce(sums);
+    float largest[2];
+    const TileSums tile = reduce(sums, largest);
     running_.add(tile.max_sum());
+    if constexpr (kOf == LseOf::kKeptLogits) keep(sums, largest, column_block);
     if (writes_ && a_.tile_map != nullptr) {
       a_.tile_map[static_cast<int64_t>(column_block) * a_.n + token_] = tile.code(label_logit_);
     }
@@ -71,18 +79,31 @@ class LseEpilogueSm90 {
   __device__ __forceinline__ int own_row() const { return lane_ % 2; }
 
   __device__ __forceinline__ static const LseArguments<Element>& lse_of(const Arguments& a) {
-    if constexpr (kScan) {
-      return a.lse;
-    } else {
+    if constexpr (kOf == LseOf::kLogits) {
       return a;
+    } else {
+      return a.lse;
     }
   }
 
-  // The sums of the lane's own row.
   template <typename Sums>
-  __device__ __forceinline__ TileSums reduce(const Sums& sums) const {
+  __device__ __forceinline__ void keep(const Sums& sums, const float (&largest)[2], int tile) const {
+    const LogitCodes& codes = arguments_.codes;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = row_ + 8 * (r - own_row());
+      const bool inside = row < a_.live.count->rows;
+      const int64_t at = static_cast<int64_t>(tile) * a_.n + (inside ? a_.live.tokens[row] : 0);
+      store_codes(sums, r, largest[r], inside, codes.codes + at * kTileColumns, lane_);
+      if (inside && lane_ % 4 == 0) codes.largest()[at] = largest[r];
+    }
+  }
+
+  // The sums of the lane's own row, and the largest of both.
+  template <typename Sums>
+  __device__ __forceinline__ TileSums reduce(const Sums& sums, float (&max)[2]) const {
     static_assert(Sums::kRows == 2, "an own row for even and for odd lanes");
-    float max[2], total[2], squares[2];
+    float total[2], squares[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       max[r] = MaxSum::kLowest;

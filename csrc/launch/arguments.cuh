@@ -60,6 +60,15 @@ LseArguments<Element> lse_arguments(const LceForwardParams& p) {
   return a;
 }
 
+inline LogitCodes codes_of(void* codes, const LossInputs& in) {
+  return {static_cast<uint16_t*>(codes), (in.v + kTileColumns - 1) / kTileColumns * in.n};
+}
+
+template <typename Element>
+CodesArguments<Element> codes_arguments(const LceForwardParams& p) {
+  return {lse_arguments<Element>(p), codes_of(p.codes, p.in)};
+}
+
 // Each of the statistics that are asked for has a part of the memory.
 inline PartialScores partial_scores_of(const LceForwardParams& p) {
   float* next = p.partial_statistics;

@@ -6,6 +6,7 @@
 #include "kernels/centroids_config.h"
 #include "kernels/forward_splits.h"
 #include "kernels/label_logits_config.h"
+#include "kernels/logit_codes.h"
 #include "kernels/logits_sm80_config.h"
 #include "kernels/logits_sm90_config.h"
 #include "kernels/pairs_config.h"
@@ -216,6 +217,7 @@ struct ExactPlan {
   int64_t chunk_columns;  // a multiple of 256: columns of dz held at a time
   int chunks;
   int live_product_stages;
+  int live_product_blocks;
 };
 
 // At the peak there are the gradient of c, the sums of e's in fp32, dz of a chunk, and the workspace that
@@ -230,6 +232,7 @@ inline ExactPlan plan_exact(const LossInputs& in, bool need_e, bool need_c, cons
   ExactPlan plan{};
   plan.logits = plan_logits(in, limits);
   plan.live_product_stages = ring_stages(limits, kVisitStageBytes, 0);
+  plan.live_product_blocks = limits.multiprocessors;
   const int64_t bytes_e = need_e ? in.n * in.d * 2 : 0, bytes_c = need_c ? in.v * in.d * 2 : 0;
   const int64_t bytes =
       std::max(kExactMinChunkBytes, (bytes_e + bytes_c) / kExactShare - bytes_e - kBlasWorkspaceBytes);
@@ -279,6 +282,7 @@ struct VisitsPlan {
   int tiles;
   int centroid_group;  // rows of C in shared memory at a time, where a pass of its own finds the centroids
   int live_product_stages;
+  int live_product_blocks;
   int64_t wait_milliseconds = -1;  // after which a wait gives up; -1: never
 
   int centroid_shared_bytes() const { return cce::centroid_shared_bytes(layout.d, centroid_group); }
@@ -305,6 +309,7 @@ inline VisitsPlan plan_visits(const LossInputs& in, bool need_e, bool need_c, bo
   plan.tiles = static_cast<int>(ceil_div(in.v, kTileColumns));
   plan.centroid_group = centroid_group(static_cast<int>(in.d), limits.shared_bytes - kCentroidStaticBytes);
   plan.live_product_stages = ring_stages(limits, kVisitStageBytes, 0);
+  plan.live_product_blocks = limits.multiprocessors;
   return plan;
 }
 

@@ -8,6 +8,7 @@
 
 #include "kernels/gradient_epilogue.cuh"
 #include "kernels/gradient_small.cuh"
+#include "kernels/logit_codes.cuh"
 #include "launch/arguments.cuh"
 #include "launch/cublas.h"
 #include "launch/launch.h"
@@ -30,6 +31,21 @@ LaunchError launch_gradient(const LossInputs& in, const LogitsPlan& plan, const 
   const LogitsSchedule schedule = plan.schedule(in.n, a.columns);
   return launch(in, a.first_column, a.columns, plan, schedule, LiveRows{}, nullptr, plan.blocks(schedule), a,
                 stream);
+}
+
+// The same from the logits that the forward has kept.
+template <typename Element>
+LaunchError launch_gradient_of_codes(const LceBackwardParams& p, const ExactScratch& scratch,
+                                     const GradientArguments<Element>& a, cudaStream_t on) {
+  CodesGradientArguments<Element> g;
+  g.gradient = a;
+  g.codes = codes_of(const_cast<void*>(scratch.codes), p.in);
+  g.nll = p.nll;
+  g.first_tile = a.first_column / kTileColumns;
+  g.tiles = static_cast<int>(ceil_div(a.columns, kTileColumns));
+  const auto blocks = static_cast<unsigned>(ceil_div(p.in.n * g.tiles, kCodesThreads / kWarpLanes));
+  gradient_of_codes_kernel<Element><<<blocks, kCodesThreads, 0, on>>>(g);
+  return cuda_error(cudaGetLastError());
 }
 
 // Chunk by chunk of the vocabulary: dz, then its products with E and C.
@@ -68,7 +84,10 @@ LaunchError launch_exact(const LceBackwardParams& p, const ExactScratch& scratch
     a.n = static_cast<int>(n);
     a.first_column = static_cast<int>(first);
     a.columns = static_cast<int>(columns);
-    if (const LaunchError failed = launch_gradient<Element>(p.in, plan.logits, a, stream)) return failed;
+    const LaunchError found = scratch.codes != nullptr
+                                  ? launch_gradient_of_codes<Element>(p, scratch, a, on)
+                                  : launch_gradient<Element>(p.in, plan.logits, a, stream);
+    if (found) return found;
 
     if (p.grad_c != nullptr) {
       cublas->multiply_transposed(matrix_dz, matrix(rows_of_e<Element>(p.in), d), columns, d, n,
@@ -86,7 +105,7 @@ LaunchError launch_exact(const LceBackwardParams& p, const ExactScratch& scratch
       l.factor = 1.0f;
       l.keeps_scale = false;
       l.out = static_cast<Element*>(p.grad_c) + first * d;
-      const LaunchError failed = launch_live_product<Element, Major::kMN>(l, on);
+      const LaunchError failed = launch_live_product<Element, Major::kMN>(l, plan.live_product_blocks, on);
       if (failed) return failed;
     }
     if (p.sum_e != nullptr) {

@@ -1,6 +1,8 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "kernels/live_rows.cuh"
 #include "kernels/lse.cuh"
 #include "kernels/lse_epilogue.cuh"
@@ -27,6 +29,9 @@ LaunchError launch_lse(const LceForwardParams& p, const LceForwardPlan& plan, vo
                                                    plan.logits.schedule(p.in.n, p.in.v), live_rows_of(p),
                                                    p.live_e, plan.blocks, arguments, stream);
     };
+    if (p.codes != nullptr) {
+      return launch(Type<LseEpilogue<Element, true>>{}, codes_arguments<Element>(p));
+    }
     return p.scored() ? launch(Type<ScoreEpilogue<Element>>{}, score_arguments<Element>(p))
                       : launch(Type<LseEpilogue<Element>>{}, lse_arguments<Element>(p));
   });
@@ -76,8 +81,11 @@ LaunchError launch_lce_forward(const LceForwardParams& p, const LceForwardPlan& 
   f.tile_map = static_cast<uint16_t*>(p.tile_map);
   f.n = static_cast<int>(p.in.n);
   f.tiles = static_cast<int>(ceil_div(p.in.v, kTileColumns));
+  f.codes = codes_of(p.codes, p.in);
   const auto blocks = static_cast<unsigned>(ceil_div(p.in.n, kLseFinishThreads));
-  lse_finish_kernel<<<blocks, kLseFinishThreads, 0, on>>>(f);
+  // Beyond the grid's largest number of rows there are no few tokens: the operator refuses it.
+  const auto rows = f.codes.kept() ? static_cast<unsigned>(std::max(f.tiles, 1)) : 1u;
+  lse_finish_kernel<<<dim3(blocks, rows), kLseFinishThreads, 0, on>>>(f);
   if (p.statistics != 0) {
     ScoreFinishArguments s;
     s.live = f.live;

@@ -14,6 +14,9 @@ LaunchError launch_lse_sm90(const LceForwardParams& p, const LceForwardPlan& pla
                                                    plan.logits.schedule(p.in.n, p.in.v), live_rows_of(p),
                                                    p.live_e, plan.blocks, arguments, stream);
     };
+    if (p.codes != nullptr) {
+      return launch(Type<LseEpilogueSm90<Element, LseOf::kKeptLogits>>{}, codes_arguments<Element>(p));
+    }
     return p.scored() ? launch(Type<ScoreEpilogueSm90<Element>>{}, score_arguments<Element>(p))
                       : launch(Type<LseEpilogueSm90<Element>>{}, lse_arguments<Element>(p));
   });

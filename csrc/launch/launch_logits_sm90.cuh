@@ -3,6 +3,8 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
 #include "kernels/logits_sm90.cuh"
 #include "launch/arguments.cuh"
 #include "launch/heuristics.h"
@@ -21,12 +23,13 @@ LaunchError launch_logits_sm90_in_clusters(const LossInputs& in, int64_t first, 
 
   const Rows<Element> e = rows_of_e<Element>(in), c = rows_of_c<Element>(in, first, columns);
   LogitsSm90Operands operands{};
-  const char* refused = encode_rows<Element>(operands.e, e.data, e.count, in.d, e.stride, LogitsSm90::kRows);
+  operands.box_rows = static_cast<int>(std::min<int64_t>(in.n, LogitsSm90::kRows));
+  const char* refused = encode_rows<Element>(operands.e, e.data, e.count, in.d, e.stride, operands.box_rows);
   if (refused == nullptr && live_e != nullptr) {
     // Its rows follow each other, unless e itself is the copy.
     const int64_t stride = live_e == in.e ? in.e_row_stride : in.d;
     refused = encode_rows<Element>(operands.live_e, static_cast<const Element*>(live_e), in.n, in.d, stride,
-                                   LogitsSm90::kRows);
+                                   operands.box_rows);
   }
   if (refused == nullptr) {
     refused = encode_rows<Element>(operands.c, c.data, c.count, in.d, c.stride,

@@ -37,7 +37,7 @@ LaunchError launch_scan_sm90(const LceForwardParams& p, const LceForwardPlan& pl
     in.c = p.scan.c;
     in.e_row_stride = in.c_row_stride = p.scan.stride;
     const ScanArguments<Element> arguments = {lse_arguments<Element>(p), p.scan.row_scale, p.scan.tile_scale};
-    return launch_logits_sm90<Fp8, LseEpilogueSm90<Element, true>>(
+    return launch_logits_sm90<Fp8, LseEpilogueSm90<Element, LseOf::kScan>>(
         in, 0, in.v, plan.logits, plan.logits.schedule(in.n, in.v), live_rows_of(p), p.scan.e, plan.blocks,
         arguments, stream);
   });

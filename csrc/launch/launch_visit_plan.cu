@@ -111,7 +111,8 @@ LaunchError multiply_residuals(const LceBackwardParams& p, const VisitsScratch& 
     l.factor = kFactor;
     l.keeps_scale = true;
     l.out = static_cast<Element*>(scratch.residual_e);
-    if (const LaunchError failed = launch_live_product<Element, Major::kK>(l, on)) return failed;
+    if (const LaunchError failed = launch_live_product<Element, Major::kK>(l, plan.live_product_blocks, on))
+      return failed;
   }
   if (p.grad_bias != nullptr) {
     const auto blocks = static_cast<unsigned>(ceil_div(tiles, kResidualSumsThreads / kWarpLanes));

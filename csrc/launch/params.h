@@ -87,6 +87,7 @@ struct LceForwardParams {
   int64_t partials;           // how many
   const float* scale;         // [n] contiguous, of the logits, or null: 1
   void* tile_map;             // [tiles, n] codes of 16 bits, or null
+  void* codes;                // the logits in 16 bits: [tiles, n, 258], or null; not where it is scored
   float* nll;                 // [n]
   float* lse;                 // [n]
   ScanScratch scan;           // null unless the product is to be of 8 bits
@@ -131,9 +132,10 @@ struct Blas {
 };
 
 struct ExactScratch {
-  void* dz;          // [n, chunk columns] of e's dtype
-  float* factors;    // [2]
-  double threshold;  // the least |p - onehot| for which a block is kept, or 0: all are
+  const void* codes;  // the logits, as the forward has kept them, or null: they are computed again
+  void* dz;           // [n, chunk columns] of e's dtype
+  float* factors;     // [2]
+  double threshold;   // the least |p - onehot| for which a block is kept, or 0: all are
 };
 
 struct VisitsScratch {

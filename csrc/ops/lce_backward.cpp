@@ -41,8 +41,10 @@ LceBackwardParams only(LceBackwardParams params, const Sides& sides) {
   return params;
 }
 
-// All but e's gradient, which is left in params.sum_e. threshold: the filter's, or 0 for none.
-void exact(const LceBackwardParams& params, double threshold, const Tensor& e, const CudaScope& scope) {
+// All but e's gradient, which is left in params.sum_e. threshold: the filter's, or 0 for none. codes: the
+// logits, where the forward has kept them.
+void exact(const LceBackwardParams& params, double threshold, const void* codes, const Tensor& e,
+           const CudaScope& scope) {
   const LossInputs& in = params.in;
   const bool products = params.sum_e != nullptr || params.grad_c != nullptr;
   const std::optional<Blas> blas = products ? std::optional<Blas>(current_blas()) : std::nullopt;
@@ -50,7 +52,7 @@ void exact(const LceBackwardParams& params, double threshold, const Tensor& e, c
       plan_exact(in, params.sum_e != nullptr, params.grad_c != nullptr, device_limits(kOp, e));
   const Tensor dz = new_empty(e, {in.n, plan.chunk_columns});
   const Tensor factors = new_empty(e, {2}, ScalarType::Float);
-  const ExactScratch scratch = {dz.mutable_data_ptr(), static_cast<float*>(factors.mutable_data_ptr()),
+  const ExactScratch scratch = {codes, dz.mutable_data_ptr(), static_cast<float*>(factors.mutable_data_ptr()),
                                 threshold};
   check_launch(kOp, launch_exact_backward(params, scratch, plan, blas, scope.device(), scope.stream()), e);
 }
@@ -144,6 +146,18 @@ std::tuple<Tensor, Tensor, Tensor> lce_backward(
   CCE_CHECK(!sampled || (eps > 0 && eps <= 0.5), kOp,
             "eps of the sampled method must be in (0, 0.5], but is ", eps);
   CCE_CHECK(!threshold || (eps > 0 && eps < 1), kOp, "eps, the threshold, must be in (0, 1), but is ", eps);
+  // A forward with keep_logits has left the logits in the map's place.
+  const bool kept = tile_map_in.dim() == 3;
+  if (kept) {
+    CCE_CHECK(exactly, kOp, "tile_map holds logits (keep_logits), which method exact takes, but method is ",
+              method);
+    CCE_CHECK(tile_map_in.size(0) == ceil_div(v, kTileColumns) && tile_map_in.size(1) == n &&
+                  tile_map_in.size(2) == kCodeWords && tile_map_in.scalar_type() == ScalarType::Short,
+              kOp, "tile_map of kept logits must be int16 [", ceil_div(v, kTileColumns), ", ", n, ", ",
+              kCodeWords, "], but is ", describe(tile_map_in));
+    CCE_CHECK(!scale && !g_entropy, kOp, "kept logits (keep_logits) go with neither scale nor g_entropy");
+    check_device(kOp, "tile_map", tile_map_in, e_in);
+  }
   if (sampled) {
     CCE_CHECK(tile_map_in.dim() == 2 && tile_map_in.size(0) == ceil_div(v, kTileColumns) &&
                   tile_map_in.size(1) == n && tile_map_in.scalar_type() == ScalarType::Short,
@@ -209,12 +223,13 @@ std::tuple<Tensor, Tensor, Tensor> lce_backward(
     const Tensor sum_e = new_empty(e, {sums_e ? n : 0, width}, ScalarType::Float);
     params.sum_e = sums_e ? static_cast<float*>(sum_e.mutable_data_ptr()) : nullptr;
     check_launch(kOp, launch_gradient_rows(params, scope.device(), scope.stream()), e);
+    const void* codes = kept ? tile_map.const_data_ptr() : nullptr;
     // A side that asks for its whole gradient takes it from a pass over every pair.
     const bool part_e = !exactly && filter_e, part_c = !exactly && filter_c;
     const Sides whole = {need.e && !part_e, need.c && !part_c, need.bias && !part_c};
     const Sides part = {need.e && part_e, need.c && part_c, need.bias && part_c};
-    if (whole.any()) exact(only(params, whole), 0.0, e, scope);
-    if (part.any() && threshold) exact(only(params, part), eps, e, scope);
+    if (whole.any()) exact(only(params, whole), 0.0, codes, e, scope);
+    if (part.any() && threshold) exact(only(params, part), eps, nullptr, e, scope);
     if (need.e) {
       grad_e = gradient(true, {n, width});
       params.grad_e = grad_e.mutable_data_ptr();

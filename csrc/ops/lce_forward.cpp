@@ -25,6 +25,9 @@ using torch::stable::Tensor;
 
 constexpr const char* kOp = CCE_OPERATOR("lce_forward: ");
 
+// Of a CUDA grid.
+constexpr int64_t kGridRows = 65536;
+
 void check_scan(const std::string& scan, const std::string& method, double eps, bool need_map,
                 const std::optional<Tensor>& seed, bool others, const Tensor& e) {
   CCE_CHECK(scan == "fp8", kOp, "scan must be None or 'fp8', but is '", scan, "'");
@@ -41,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lce_forward(
     const Tensor& e_in, const Tensor& c_in, const std::optional<Tensor>& bias, const Tensor& targets,
     const std::optional<Tensor>& seed, int64_t ignore_index, std::optional<double> softcap,
     const std::string& method, double eps, bool, bool, bool need_map, const std::optional<Tensor>& scale,
-    int64_t statistics, bool batch_invariant, const std::optional<std::string>& scan) {
+    int64_t statistics, bool batch_invariant, const std::optional<std::string>& scan, bool keep_logits) {
   const DType dtype = dtype_of(kOp, e_in);
   check_inputs(kOp, e_in, c_in, bias, targets, softcap);
   check_scale(kOp, scale, e_in);
@@ -53,8 +56,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lce_forward(
   const int64_t tiles = ceil_div(v, kTileColumns);
   const Tensor nll = new_empty(e_in, {n}, ScalarType::Float);
   const Tensor lse = new_empty(e_in, {n}, ScalarType::Float);
-  const Tensor tile_map =
-      need_map ? new_empty(e_in, {tiles, n}, ScalarType::Short) : new_empty(e_in, {0, 0}, ScalarType::Short);
+  CCE_CHECK(!keep_logits || !(scan || scale || statistics != 0), kOp,
+            "keep_logits goes with neither stats, scale nor scan");
+  CCE_CHECK(!keep_logits || tiles < kGridRows, kOp, "keep_logits serves a vocabulary of fewer than ",
+            kGridRows * kTileColumns, " columns");
+  const Tensor tile_map = keep_logits ? new_empty(e_in, {tiles, n, kCodeWords}, ScalarType::Short)
+                          : need_map  ? new_empty(e_in, {tiles, n}, ScalarType::Short)
+                                      : new_empty(e_in, {0, 0}, ScalarType::Short);
   if (scan)
     check_scan(*scan, method, eps, need_map, seed, scale.has_value() || statistics != 0 || batch_invariant,
                e_in);
@@ -69,7 +77,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lce_forward(
   const LceForwardPlan plan = plan_lce_forward(in, device_limits(kOp, e), batch_invariant);
   LceForwardParams params{};
   params.in = in;
-  params.tile_map = need_map ? tile_map.mutable_data_ptr() : nullptr;
+  (keep_logits ? params.codes : params.tile_map) =
+      keep_logits || need_map ? tile_map.mutable_data_ptr() : nullptr;
   params.nll = static_cast<float*>(nll.mutable_data_ptr());
   params.lse = static_cast<float*>(lse.mutable_data_ptr());
   params.scale = scale ? static_cast<const float*>(scale->const_data_ptr()) : nullptr;

@@ -25,11 +25,13 @@ CCE_TORCH_LIBRARY(m) {
   // scan "fp8": the logits are scanned in e4m3, the tile map is the scan's, and nll and lse are corrected by
   // what seed draws, unbiased. For CUDA's 16 bits on compute capability 9.0, with method "sampled", a seed,
   // need_map, no scale, no stats and no batch_invariant.
+  // keep_logits, for few tokens of CUDA's 16 bits: in the tile map's place the logits, 16 bits each
+  // [V / 256, N, 258], from which method "exact" takes its gradient without computing them again.
   m.def(
       "lce_forward(Tensor e, Tensor c, Tensor? bias, Tensor targets, Tensor? seed, *, "
       "SymInt ignore_index=-100, float? softcap=None, str method=\"sampled\", float eps=0.00390625, "
       "bool filter_e=True, bool filter_c=True, bool need_map=True, Tensor? scale=None, SymInt stats=0, "
-      "bool batch_invariant=False, str? scan=None) "
+      "bool batch_invariant=False, str? scan=None, bool keep_logits=False) "
       "-> (Tensor nll, Tensor lse, Tensor tile_map, Tensor stats, Tensor argmax)");
   m.def(
       "lce_backward(Tensor? g_nll, Tensor? g_lse, Tensor? g_entropy, Tensor e, Tensor c, Tensor? bias, "
@@ -54,7 +56,7 @@ CCE_TORCH_LIBRARY(m) {
       "lce_forward_portable(Tensor e, Tensor c, Tensor? bias, Tensor targets, Tensor? seed, *, "
       "SymInt ignore_index=-100, float? softcap=None, str method=\"sampled\", float eps=0.00390625, "
       "bool filter_e=True, bool filter_c=True, bool need_map=True, Tensor? scale=None, SymInt stats=0, "
-      "bool batch_invariant=False, str? scan=None) "
+      "bool batch_invariant=False, str? scan=None, bool keep_logits=False) "
       "-> (Tensor nll, Tensor lse, Tensor tile_map, Tensor stats, Tensor argmax)");
   m.def(
       "lce_backward_portable(Tensor? g_nll, Tensor? g_lse, Tensor? g_entropy, Tensor e, Tensor c, Tensor? "
