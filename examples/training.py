@@ -54,23 +54,33 @@ def dense_logits(hidden: Tensor, weight: Tensor, softcap: float | None) -> Tenso
 
 
 @torch.no_grad()
-def held_out_loss(
+def window_losses(
     model: Decoder, windows: Tensor, labels: Tensor, batch: int, device: str, dtype: str, softcap: float | None = None
-) -> float:
-    """Mean loss over windows [n, context], from the float32 logits of a few tokens at a time.
+) -> Tensor:
+    """The sum of each window's losses [n] (fp64, on `device`), from the float32 logits of a few tokens at a time.
 
-    labels [n, context] are the windows, or -100 for a token whose prediction does not count. `batch` windows go
-    through the model at once.
+    windows [n, context]; labels [n, context] are the windows, or -100 for a token whose prediction does not count.
+    `batch` windows go through the model at once.
     """
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    sums = []
     for tokens, wanted in zip(windows.split(batch), labels.split(batch), strict=True):
         with autocast(device, dtype):
             hidden = model(tokens.to(device))[:, :-1].flatten(0, 1)
         targets = wanted[:, 1:].flatten().to(device)
-        for h, t in zip(hidden.split(256), targets.split(256), strict=True):
-            logits = dense_logits(h.float(), model.classifier.weight, softcap)
-            total += F.cross_entropy(logits, t, reduction="sum")
-    return total.item() / int((labels[:, 1:] != -100).sum())
+        losses = [
+            F.cross_entropy(dense_logits(h.float(), model.classifier.weight, softcap), t, reduction="none")
+            for h, t in zip(hidden.split(256), targets.split(256), strict=True)
+        ]
+        sums.append(torch.cat(losses).double().view(len(tokens), -1).sum(1))
+    return torch.cat(sums)
+
+
+def held_out_loss(
+    model: Decoder, windows: Tensor, labels: Tensor, batch: int, device: str, dtype: str, softcap: float | None = None
+) -> float:
+    """The mean loss, in nats a token, over the labels that count. Takes what window_losses takes."""
+    sums = window_losses(model, windows, labels, batch, device, dtype, softcap)
+    return sums.sum().item() / int((labels[:, 1:] != -100).sum())
 
 
 def provenance(device: str, commit: str | None = None) -> dict[str, Any]:

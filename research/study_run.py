@@ -17,7 +17,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from model import Decoder
-from study_data import Data, HeldOut, held_out, mask_prompts
+from study_data import IGNORED, Data, HeldOut, held_out, mask_prompts
+from study_meter import Meter
+from study_policy import POLICY, POLICY_SETTINGS, LogProbs, make_logprobs, train_policy
 from study_problem import ProblemFile
 from text import batches
 from torch import Tensor
@@ -30,12 +32,14 @@ from training import (
     make_optimizer,
     optimizer_step,
     provenance,
+    window_losses,
     write_json,
 )
 
 from cce_ext import LinearCrossEntropy
 
-PHASES = ("pretrain", "small_batch", "finetune")
+PHASES = ("pretrain", "small_batch", "finetune")  # those that are run where none is named
+ALL_PHASES = (*PHASES, POLICY)
 SETTINGS: dict[str, int | float] = {
     "layers": 12,
     "width": 512,
@@ -53,7 +57,10 @@ SETTINGS: dict[str, int | float] = {
     "finetune.batch": 4,
     "finetune.steps": 300,
     "finetune.lr": 1e-4,
+    **POLICY_SETTINGS,
 }
+# Those that are not whole numbers.
+REAL_SETTINGS = {name for name, value in SETTINGS.items() if isinstance(value, float)}
 SCANNED = "cce_fp8"  # impl "cce" with scan="fp8"
 EVALUATIONS = 10  # of a run
 WARMUP_STEPS = 5  # not counted in tokens a second
@@ -75,16 +82,26 @@ def apple_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return linear_cross_entropy(e, c, labels, shift=True, impl="cce")
 
 
-def make_loss(impl: str) -> Loss:
-    """Raises ValueError for a name that stands for none."""
-    if impl in ("baseline", "apple"):
-        return baseline_loss if impl == "baseline" else apple_loss
+def options_of(impl: str) -> dict[str, Any]:
+    """Of the functions of cce_ext. Raises ValueError for an eps that is no number."""
     name, at, eps = impl.partition("@")
     options: dict[str, Any] = {"impl": name} if name != SCANNED else {"impl": "cce", "scan": "fp8"}
     if at:
         base, power, exponent = eps.partition("^")
         options["filter_eps"] = float(base) ** float(exponent) if power else float(base)
-    return LinearCrossEntropy(shift=1, **options)
+    return options
+
+
+def make_loss(impl: str) -> Loss:
+    """Raises ValueError for a name that stands for none."""
+    if impl in ("baseline", "apple"):
+        return baseline_loss if impl == "baseline" else apple_loss
+    return LinearCrossEntropy(shift=1, **options_of(impl))
+
+
+def logprobs_of(impl: str) -> LogProbs:
+    options = {"impl": None} if impl == "baseline" else options_of(impl)
+    return make_logprobs(options.pop("impl"), options)
 
 
 def why_not(impl: str, device: str, dtype: str) -> str | None:
@@ -103,29 +120,10 @@ def why_not(impl: str, device: str, dtype: str) -> str | None:
     return None
 
 
-class Meter:
-    """Seconds, steps and peak bytes of the training alone: it stands still while a held-out loss is computed."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
-        self.seconds = 0.0
-        self.steps = 0
-        self.peak = 0
-
-    def start(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        self.pending = 0
-        self.began = time.perf_counter()
-
-    def stop(self, counts: bool = True) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
-            self.peak = max(self.peak, torch.cuda.max_memory_allocated())
-        if counts:
-            self.seconds += time.perf_counter() - self.began
-            self.steps += self.pending
+def why_no_policy(impl: str) -> str | None:
+    """Why it has no log-probabilities and entropies to train, or None."""
+    has = impl != "apple" and impl.partition("@")[0] != SCANNED
+    return None if has else "it has no log-probabilities with entropies"
 
 
 @functools.lru_cache(maxsize=1)  # drawing 100 M weights takes seconds, and the runs of one seed come one after another
@@ -164,7 +162,7 @@ class Study:
         """All that the figures depend on but the machine and the code."""
         return {**self.settings, "dtype": self.dtype, "compile": self.compiled, "data": self.data.meta}
 
-    def open(self, command: str, commit: str | None) -> None:
+    def open(self, command: str, commit: str | None, phases: Sequence[str]) -> None:
         """Go on with the file if there is one. Ends the program where it is of other settings or text."""
         context = self.settings["context"]
         if self.settings["width"] % (2 * self.settings["heads"]):
@@ -174,6 +172,11 @@ class Study:
         for part, tokens in vars(self.data).items():
             if part != "meta" and len(tokens) < context:
                 sys.exit(f"error: the {part} text has {len(tokens)} tokens, fewer than a context of {context}")
+        sampled = self.settings["policy.prompt"] + self.settings["policy.completion"]
+        if POLICY in phases and sampled > context:
+            sys.exit(
+                f"error: policy.prompt and policy.completion are {sampled} tokens, more than a context of {context}"
+            )
         self.result = {"kind": "study", "config": self.config, "sessions": [], "runs": []}
         if self.file.exists():
             self.result = self.read(self.file)
@@ -192,11 +195,15 @@ class Study:
         started = time.perf_counter()
         session = self.result["sessions"][-1]
         session["left_out"] = {impl: why for impl in impls if (why := why_not(impl, self.device, self.dtype))}
+        no_policy = {impl: why for impl in impls if POLICY in phases and (why := why_no_policy(impl))}
+        session["left_out"] |= {f"{POLICY} {impl}": why for impl, why in no_policy.items()}
         for impl, why in session["left_out"].items():
             print(f"left out: {impl}: {why}", file=sys.stderr)
         done = self.done()
         # The seed comes first: where time ends, everything was run with one before anything with two.
-        wanted = [(p, i, s) for s in seeds for p in phases for i in impls if i not in session["left_out"]]
+        wanted = [
+            (p, i, s) for s in seeds for p in phases for i in impls if not {i, f"{p} {i}"} & set(session["left_out"])
+        ]
         wanted = [key for key in dict.fromkeys(wanted) if key not in done]
         status = 0
         for n, (phase, impl, seed) in enumerate(wanted):
@@ -241,20 +248,20 @@ class Study:
         model = copy.deepcopy(
             initial_model(self.data.meta["vocab"], s["width"], s["layers"], s["heads"], s["context"], seed)
         )
-        if phase == "finetune":
+        if phase in ("finetune", POLICY):
             model.load_state_dict(self.checkpoint())
-        if self.compiled:
+        if self.compiled and phase != POLICY:  # whose sampler has every length
             for block in model.blocks:
                 block.compile(dynamic=False)
         return model.to(self.device)
 
     def train(self, phase: str, impl: str, seed: int, title: str) -> dict[str, Any]:
         """One run; gives its curves and figures."""
+        if phase == POLICY:
+            return train_policy(self, logprobs_of(impl), seed, title)
         started = time.perf_counter()
         model = self.make_model(phase, seed)
-        gc.collect()  # of the run before, whose memory must not count in this one's
-        if self.device == "cuda":
-            torch.cuda.empty_cache()
+        self.free_memory()
         batch, steps, lr = (self.settings[f"{phase}.{name}"] for name in ("batch", "steps", "lr"))
         context, masked = self.settings["context"], phase == "finetune"
         every = max(1, steps // EVALUATIONS)
@@ -293,7 +300,8 @@ class Study:
                 curve[step] = self.evaluate(model, small, batch)
                 bar.set_postfix({"loss": f"{losses[-1].item():.3f}", "held-out": f"{curve[step]:.3f}"})
                 meter.start()
-        final = self.evaluate(model, large, batch)
+        sums = window_losses(model, large.windows, large.labels, batch, self.device, self.dtype)
+        counts = (large.labels[:, 1:] != IGNORED).sum(1)
         if (phase, impl, seed) == CHECKPOINT:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             torch.save({"config": self.config, "model": model.state_dict()}, self.file.with_suffix(".pt"))
@@ -304,7 +312,10 @@ class Study:
             "train_loss": [round(x, 5) for x in torch.stack(losses).tolist()],
             "held_out_step": list(curve),
             "held_out_loss": list(curve.values()),
-            "final_held_out_loss": final,
+            "final_held_out_loss": sums.sum().item() / int(counts.sum()),
+            # Of each window, in the text's order: what a difference's standard error is made of.
+            "final_window_loss": [round(x, 4) for x in sums.tolist()],
+            "final_window_tokens": counts.tolist(),
             "tokens_per_second": batch * context * meter.steps / meter.seconds if meter.steps else None,
             "peak_memory_bytes": meter.peak or None,
             "seconds": time.perf_counter() - started,
@@ -319,6 +330,12 @@ class Study:
         tokens = len(problem.save(model, part, batch, self.device, self.dtype, origin)["e"])
         fewer = "" if tokens == problem.tokens else ", all that the held-out text has"
         print(f"saved the loss's inputs on {tokens:,} held-out tokens{fewer}: {problem.file}")
+
+    def free_memory(self) -> None:
+        """That of the run before, which must not count in this one's."""
+        if self.device == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def evaluate(self, model: Decoder, part: HeldOut, batch: int) -> float:
         return held_out_loss(model, part.windows, part.labels, batch, self.device, self.dtype)

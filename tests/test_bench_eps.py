@@ -81,6 +81,9 @@ def test_several_kinds_of_data(one_thread, tmp_path, monkeypatch, capsys):
             assert c[3] == f"{row['runtime_ms']:.2f}"
     short = tables.short_table(result["rows"])
     assert sum("saved:model.pt" in line for line in short.splitlines()) == 5
+    (dense,) = (line.split() for line in short.splitlines() if " lm " in line and " baseline " in line)
+    row = rows["lm", "baseline"]
+    assert dense[-2:] == [f"{row['de_err']:.1e}", f"{row['dc_err']:.1e}"] and "dE error dC error" in short
     assert plot.main([str(out)]) == 0
 
 

@@ -19,6 +19,8 @@ TINY = (
     *("layers=1", "width=16", "heads=2", "context=32", "eval_tokens=128", "final_eval_tokens=256"),
     *("pretrain.batch=4", "pretrain.steps=12", "small_batch.batch=2", "small_batch.steps=7"),
     *("finetune.batch=2", "finetune.steps=6"),
+    *("policy.prompts=4", "policy.group=4", "policy.prompt=8", "policy.completion=8", "policy.steps=12"),
+    *("policy.lr=0.1", "policy.eval_batches=2"),
 )
 
 
@@ -70,7 +72,7 @@ def test_help() -> None:
     command = [sys.executable, "research/study.py", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "{prepare,run,plot}" in done.stdout
+    assert "{prepare,run,plot,merge}" in done.stdout
 
 
 def test_prepare(study: ModuleType, text: Path, data: Path) -> None:
@@ -162,11 +164,26 @@ def test_run_resume_plot(
 
     study.main(["plot", str(file)])
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    table = file.with_suffix(".md").read_text()
-    row = next(line for line in table.splitlines() if line.startswith("| `cce@2^-1`"))
-    runs = [by_key["pretrain", "cce@2^-1", seed]["final_held_out_loss"] for seed in (0, 1)]
-    less = [x - by_key["pretrain", "cce_exact", seed]["final_held_out_loss"] for seed, x in enumerate(runs)]
-    assert f"| {runs[0]:.4f}, {runs[1]:.4f} | {less[0]:+.4f}, {less[1]:+.4f} |" in row
+    from study_report import table
+
+    assert file.with_suffix(".md").read_text() == table(json.loads(file.read_text()))
+    for reference in ("cce_exact", "baseline"):
+        row = next(line for line in table(result, reference).splitlines() if line.startswith("| `cce@2^-1`"))
+        ours, theirs = ([by_key["pretrain", impl, seed] for seed in (0, 1)] for impl in ("cce@2^-1", reference))
+        runs = [run["final_held_out_loss"] for run in ours]
+        less = [x - run["final_held_out_loss"] for x, run in zip(runs, theirs, strict=True)]
+        # Two seeds' standard error is half their distance. The held-out text has eight windows of 31 predictions.
+        windows = np.mean(
+            [np.subtract(a["final_window_loss"], b["final_window_loss"]) for a, b in zip(ours, theirs, strict=True)], 0
+        )
+        assert ours[0]["final_window_tokens"] == [31] * 8 and sum(windows) / 248 == pytest.approx(
+            np.mean(less), abs=1e-5
+        )
+        assert (
+            f"| {runs[0]:.4f}, {runs[1]:.4f} | {less[0]:+.4f}, {less[1]:+.4f} "
+            f"| {np.mean(less):+.4f} ± {abs(less[0] - less[1]) / 2:.4f} "
+            f"| {np.std(windows / 31, ddof=1) / 8**0.5:.4f} |"
+        ) in row
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -231,7 +248,9 @@ def test_plot_at_the_end(study: ModuleType, data: Path, tmp_path: Path, monkeypa
     one = ("--phases", "small_batch", "--seeds", "0", "--impls")
     run(study, data, file, *one, "cce_exact", "--plot")
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert "small batches: 64 tokens a step" in file.with_suffix(".md").read_text()
+    passes = 7 * 64 / len(study.load(data).pretrain)
+    table = file.with_suffix(".md").read_text()
+    assert f"small batches: 64 tokens a step, 7 steps: {passes:.2g} passes over the text" in table
     for name in ("study_report", "report", "matplotlib"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(SystemExit, match="is not installed; in the root of the repository"):
@@ -353,6 +372,7 @@ def test_mistakes(
         ((*command, "--impls", "cce@0.7"), "must be in (0, 0.5]"),
         ((*command, "--set", "depth=3"), "no setting 'depth'; there are layers"),
         ((*command, "--set", "layers=0"), "must be 1 or more"),
+        ((*command, "--set", "policy.entropy=0"), "must be above 0"),
         ((*command, "--set", "pretrain.lr=-1"), "must be above 0"),
         (("prepare", "--text", "x", "--vocab", "5", "--out", "y"), "must be 257 or more"),
     ):
@@ -366,6 +386,7 @@ def test_mistakes(
 
     fails("width 20 must be a multiple", *command, "--set", "width=20", "heads=4")
     fails("fewer than a context of 1000000", *command, "--set", "context=1000000")
+    fails("are 64 tokens, more than a context of 32", *command, "--phases", "policy", "--set", "context=32")
     missing = str(tmp_path / "missing")
     fails("missing.*study.py prepare", "run", "--data", missing, "--out", str(file))
     fails("no such file or folder", "prepare", "--text", missing, "--out", str(file))
@@ -382,6 +403,80 @@ def test_mistakes(
     from study_run import why_not
 
     assert "pip install cut-cross-entropy" in str(why_not("apple", "cuda", "bfloat16"))
+
+
+def test_the_error_of_a_difference(study: ModuleType) -> None:
+    """Of held-out text whose windows count differently: what other texts of this kind would give."""
+    from study_paired import BLOCKS, error_of_mean, error_of_text
+
+    rng = np.random.default_rng(0)
+    counts = rng.integers(1, 100, 4 * BLOCKS)
+
+    def run(offset: float) -> tuple[list[dict], list[dict]]:
+        """Of two seeds, whose differences in a stretch of four windows are one number and a mean of `offset`."""
+        blocks = np.repeat(rng.normal(size=BLOCKS), 4)
+        shared = rng.normal(5, 1, len(counts)) * counts
+        runs = [
+            {"seed": s, "final_window_loss": shared + more * counts, "final_window_tokens": counts}
+            for s, more in ((0, 0.0), (1, 0.0), (0, offset + blocks), (1, offset + blocks))
+        ]
+        return runs[2:], runs[:2]
+
+    means, errors = [], []
+    for _ in range(400):
+        ours, reference = run(3.0)
+        errors.append(error_of_text(ours, reference))
+        means.append((ours[0]["final_window_loss"] - reference[0]["final_window_loss"]).sum() / counts.sum())
+    assert np.mean(means) == pytest.approx(3.0, abs=0.03)
+    assert np.mean(errors) == pytest.approx(np.std(means), rel=0.12)  # half the windows' own, of sixteen tokens or so
+
+    assert error_of_text(*run(0.0)) and error_of_text([], []) is None
+    ours, reference = run(0.0)
+    del reference[0]["final_window_loss"]  # a file of before
+    assert error_of_text(ours, reference) is None
+    assert error_of_mean([1.0]) is None and error_of_mean([1.0, 2.0, 3.0]) == pytest.approx(3**-0.5)
+
+
+def test_policy(study: ModuleType, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A policy learns the reward; dense torch's gradients and the exact ones give one policy."""
+    from study_policy import advantages, rewards
+
+    # Different multiples of four: 0, 4; none; 8 once.
+    assert rewards(torch.tensor([[0, 4, 0, 1], [1, 2, 3, 5], [8, 8, 8, 8]])).tolist() == [0.5, 0.0, 0.25]
+    assert advantages(torch.tensor([0.0, 1.0, 0.5, 0.5]), 2).tolist() == pytest.approx(
+        [-(0.5**0.5), 0.5**0.5, 0, 0], abs=1e-3
+    )
+
+    file, second = tmp_path / "study.json", tmp_path / "second.json"
+    common = ("--phases", "policy", "--seeds", "0", "1")
+    result = run(study, data, file, *common, "--impls", "cce_exact", "cce@2^-1", "apple")
+    assert result["sessions"][0]["left_out"]["policy apple"] == "it has no log-probabilities with entropies"
+    file.with_suffix(".pt").rename(second.with_suffix(".pt"))
+    dense = run(study, data, second, *common, "--impls", "baseline")
+    of = {(r["impl"], r["seed"]): r for r in (*result["runs"], *dense["runs"])}
+    for seed in (0, 1):
+        exact = of["cce_exact", seed]
+        assert of["baseline", seed]["reward"][:3] == exact["reward"][:3]  # until rounding turns a sample
+        assert of["baseline", seed]["entropy"][:3] == pytest.approx(exact["entropy"][:3], abs=1e-3)
+        assert of["cce@2^-1", seed]["reward"][0] == exact["reward"][0]
+        assert of["cce@2^-1", seed]["entropy"][1] != exact["entropy"][1]
+        assert len(exact["reward"]) == 12 and all(r["final_reward"] > r["reward"][0] + 0.1 for r in of.values())
+    assert of["cce_exact", 0]["reward"] != of["cce_exact", 1]["reward"]
+
+    both = tmp_path / "both.json"
+    assert study.main(["merge", str(file), str(second), "--out", str(both)]) == 0
+    merged = json.loads(both.read_text())
+    assert [r["session"] for r in merged["runs"]] == [0] * 4 + [1] * 2 and len(merged["sessions"]) == 2
+    study.main(["plot", str(both), "--reference", "baseline"])
+    row = next(line for line in both.with_suffix(".md").read_text().splitlines() if line.startswith("| `cce_exact`"))
+    less = [of["cce_exact", seed]["final_reward"] - of["baseline", seed]["final_reward"] for seed in (0, 1)]
+    assert f"| {less[0]:+.4f}, {less[1]:+.4f} | {np.mean(less):+.4f} ± {abs(less[0] - less[1]) / 2:.4f} |" in row
+    with pytest.raises(SystemExit, match="policy baseline 0 is in an earlier file as well"):
+        study.main(["merge", str(second), str(second), "--out", str(both)])
+    dense["config"]["layers"] = 7
+    second.write_text(json.dumps(dense))
+    with pytest.raises(SystemExit, match=r"other settings \(layers\) than"):
+        study.main(["merge", str(file), str(second), "--out", str(both)])
 
 
 def test_the_8_bit_scan_is_left_out_without_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

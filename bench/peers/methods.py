@@ -56,6 +56,7 @@ LOGPROBS = {
         Method("torch", plain.logprobs, task="logprobs"),
         Method("compiled_torch", plain.compiled_logprobs, compiled=True, task="logprobs"),
         Method("fp32_head", plain.logprobs_of_fp32_head, on_request=True, task="logprobs"),
+        Method("liger_cutedsl_scaled", others.liger_cutedsl_logprobs, task="logprobs"),
         Method("liger", others.liger_logprobs, task="logprobs", entropy=False, note=NO_ENTROPY),
         Method("apple_cce", others.apple_logprobs, task="logprobs", entropy=False, note=NO_ENTROPY),
     )

@@ -72,6 +72,18 @@ def trl_logprobs(softcap: float | None) -> LogProbs:
     return function
 
 
+def liger_cutedsl_logprobs(softcap: float | None) -> LogProbs:
+    without_softcap(softcap)
+    from liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90 import LigerFusedScaledCrossEntropySM90Function
+
+    def function(e: Tensor, c: Tensor, t: Tensor) -> Outputs:
+        # Temperature 1; the argument after ignore_index changes nothing, and the last one asks for entropies.
+        nll, entropy = LigerFusedScaledCrossEntropySM90Function.apply(e, c, t, 1.0, IGNORE_INDEX, 1, True)
+        return -nll, entropy
+
+    return function
+
+
 def apple_logprobs(softcap: float | None) -> LogProbs:
     from cut_cross_entropy import linear_cross_entropy
 

@@ -44,9 +44,9 @@ def table(rows: list[Row]) -> str:
 
 
 def short_table(rows: list[Row]) -> str:
-    """Forward and forward + backward beside the plain product, a line a shape and method.
+    """Forward and forward + backward beside the plain product, a line a shape and method, with both gradients' errors.
 
-    Before them scoring, where it was measured.
+    Before them scoring, where it was measured. Dense torch's own error is in its line.
     """
     names = {inputs_of(r): "" for r in rows}
     head = ""
@@ -59,7 +59,7 @@ def short_table(rows: list[Row]) -> str:
     score_heads = f" {'score ms':>9} {'x mm':>6} {'MB':>8}" if scored else ""
     lines = [
         f"{'shape':<14}{head} {'method':<24}{score_heads} {'fw ms':>9} {'x mm':>6} {'fw+bw ms':>9} {'x mm':>6}{heads}"
-        f" {'MB':>8}"
+        f" {'MB':>8} {'dE error':>8} {'dC error':>8}"
     ]
     pairs = {(r["shape"], inputs_of(r), r["method"], r["kind"]): r for r in rows}
     for shape, data, method, kind in pairs:
@@ -75,6 +75,7 @@ def short_table(rows: list[Row]) -> str:
             f"{start} {forward['runtime_ms']:>9.3f} {_number(forward['x_mm'], '.2f'):>6}"
             f" {both['runtime_ms']:>9.3f} {_number(both['x_mm'], '.2f'):>6}{more(both)}"
             f" {_number(both['op_mem_mb'], '.0f'):>8}"
+            f" {_number(both['de_err'], '.1e'):>8} {_number(both['dc_err'], '.1e'):>8}"
         )
     return "\n".join(lines)
 
