@@ -279,9 +279,14 @@ struct VisitsPlan {
   int tiles;
   int centroid_group;  // rows of C in shared memory at a time, where a pass of its own finds the centroids
   int live_product_stages;
+  bool few_tokens;                 // no more than the mean token has runs: what is done for many takes longer
   int64_t wait_milliseconds = -1;  // after which a wait gives up; -1: never
 
   int centroid_shared_bytes() const { return cce::centroid_shared_bytes(layout.d, centroid_group); }
+  // For products of the residual masses.
+  bool needs_blas(bool need_c) const {
+    return (need_c && !few_tokens) || (layout.need_e && !layout.finds_centroids);
+  }
 };
 
 inline VisitsPlan plan_visits(const LossInputs& in, bool need_e, bool need_c, bool need_bias,
@@ -305,6 +310,7 @@ inline VisitsPlan plan_visits(const LossInputs& in, bool need_e, bool need_c, bo
   plan.tiles = static_cast<int>(ceil_div(in.v, kTileColumns));
   plan.centroid_group = centroid_group(static_cast<int>(in.d), limits.shared_bytes - kCentroidStaticBytes);
   plan.live_product_stages = ring_stages(limits, kVisitStageBytes, 0);
+  plan.few_tokens = in.n <= kMeanSplits;
   return plan;
 }
 
