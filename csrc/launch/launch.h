@@ -28,6 +28,9 @@ int64_t watchdog_milliseconds();
 LaunchError launch_lce_forward(const LceForwardParams& params, const LceForwardPlan& plan, int device,
                                void* stream);
 
+// The sum or the mean of nll over the tokens that count; of none too.
+LaunchError launch_reduce_nll(const ReduceNllParams& params, int device, void* stream);
+
 // The gradients' weights a token: what the backward launches below begin from.
 LaunchError launch_gradient_rows(const LceBackwardParams& params, int device, void* stream);
 

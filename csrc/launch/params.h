@@ -51,6 +51,18 @@ struct PairGradientsParams {
   void* edge_biases;         // scratch: [segments, 2] sums, for grad_bias
 };
 
+struct ReduceNllParams {
+  const float* nll;     // [n], contiguous
+  const void* targets;  // [n], int32 or int64
+  int64_t target_stride;
+  bool targets_are_int64;
+  int64_t ignore_index;
+  int64_t n;
+  bool mean;
+  float* loss;   // one
+  float* count;  // one: of the tokens that count
+};
+
 constexpr int64_t kLiveCountBytes = 8;
 
 // What the forward finds of each token's softmax besides, and who asks for it: bits of the operator's stats.
