@@ -13,7 +13,7 @@ from torch import distributed as dist
 
 from . import smoothing, soft_targets
 from ._ops import ops
-from .calls import outputs_of, prepare
+from .calls import loss_of, outputs_of, prepare
 from .ops import register_composite
 from .options import (
     DENSE,
@@ -299,6 +299,10 @@ def _loss_and_lse(
     soft_targets.check(e, targets, target_weights, options)
     shared_numbers = functools.partial(smoothing.shared_numbers, s=s)
     call = prepare(e, c, targets, bias, options, target_weights=target_weights, shared_numbers=shared_numbers)
+    plain = loss_of(call, options)
+    if plain is not None:
+        loss, lse = plain
+        return loss, call.of_positions(lse) if options.return_lse else lse
     weight, labels, ignore_index = call.weight, call.labels, options.ignore_index
     counts: Any = labels != ignore_index if weight is not None or s else None
     logits = None

@@ -112,6 +112,83 @@ class _LceForward(torch.autograd.Function):
 _apply: Callable[..., tuple[Tensor, ...]] = _LceForward.apply
 
 
+def lce_loss(
+    e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, seed: Tensor | None, mean: bool, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """The sum of cce::lce_forward's nll, or its mean over the tokens that count, and the lse [N].
+
+    options: of cce::lce_forward, with ignore_index, without stats and scale.
+    """
+    if not _has_short_way(e, c, bias, targets, seed):
+        out = Outputs(*ops.lce_forward(e, c, bias, targets, seed, **options))
+        return _reduced(out.nll, targets, options["ignore_index"], mean)[0], out.lse
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(e, c, bias):
+        return _apply_loss(e, c, bias, targets, seed, mean, options)
+    out, loss, _ = _call_loss(e, c, bias, targets, seed, mean, options)
+    return loss, out.lse
+
+
+def _reduced(nll: Tensor, targets: Tensor, ignore_index: int, mean: bool) -> tuple[Tensor, Tensor | None]:
+    """The sum or the mean, and what that divides by. nll is 0 where a token does not count."""
+    # A compiler makes fewer launches of the plain operations than an operator takes.
+    if nll.is_cuda and nll.dtype == torch.float32 and not torch.compiler.is_compiling():
+        loss, count = ops.reduce_nll.default(nll, targets, ignore_index=ignore_index, mean=mean)
+        return loss, count if mean else None
+    if not mean:
+        return nll.sum(), None
+    count = (targets != ignore_index).sum()
+    return nll.sum() / count, count
+
+
+def _call_loss(
+    e: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    seed: Tensor | None,
+    mean: bool,
+    options: dict[str, Any],
+) -> tuple[Outputs, Tensor, Tensor | None]:
+    with torch._C._ExcludeDispatchKeyGuard(_AUTOGRAD_AND_AUTOCAST):
+        out = Outputs(*ops.lce_forward.default(e, c, bias, targets, seed, **options))
+        return out, *_reduced(out.nll, targets, options["ignore_index"], mean)
+
+
+class _LceLoss(torch.autograd.Function):
+    """The short way of lce_loss: one step where the operator and its reduction take five."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        e: Tensor,
+        c: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        seed: Tensor | None,
+        mean: bool,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        (nll, lse, tile_map, *_), loss, count = _call_loss(e, c, bias, targets, seed, mean, options)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(e, c, bias, targets, nll, lse, tile_map, seed, count)
+        ctx.options = options
+        return loss, lse
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, g_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        e, c, bias, targets, nll, lse, tile_map, seed, count = ctx.saved_tensors
+        options = {name: value for name, value in ctx.options.items() if name not in OF_FORWARD}
+        if g is not None:
+            # An ignored token gets it as well: the operator masks it.
+            g = (g if count is None else g / count).expand(len(nll))
+        saved = (e, c, bias, targets, nll, lse, tile_map, None, seed)
+        d_e, d_c, d_bias = gradients((g, g_lse, None), saved, None, options, ctx.needs_input_grad[:3])
+        return d_e, d_c, d_bias, None, None, None, None
+
+
+_apply_loss: Callable[..., tuple[Tensor, Tensor]] = _LceLoss.apply
+
+
 def _differentiable(call: Callable[..., Any], *args: Any) -> tuple[Tensor, ...]:
     """args: those of the operator, and a dict of its keywords."""
     *tensors, options = args
@@ -146,6 +223,25 @@ def gradients(
         found = ops.lce_backward(*ups, *saved, scale=scale, **options, **needs)
     d_e, d_c, d_bias = (g if needed else None for g, needed in zip(found, need, strict=True))
     return d_e, d_c, d_bias
+
+
+class _ReduceNll(torch.autograd.Function):
+    """cce::reduce_nll, by what calls its kernel, and its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, call: Callable[..., Any], nll: Tensor, targets: Tensor, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        loss, count = _call_kernel(call, nll, targets, **options)
+        ctx.mark_non_differentiable(count)
+        ctx.save_for_backward(count)
+        ctx.mean, ctx.n = options.get("mean", True), len(nll)
+        return loss, count
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, g_count: None) -> tuple[Tensor | None, ...]:
+        (count,) = ctx.saved_tensors
+        return None, (g / count if ctx.mean else g).expand(ctx.n), None, None
 
 
 class _NotDifferentiable(torch.autograd.Function):
@@ -281,6 +377,7 @@ def register(library: torch.library.Library) -> None:
     """Register all of it with the operators, for those who call them by themselves and for compiled graphs."""
     _register(library, "lce_forward", _differentiable)
     _register(library, "pair_logits", _PairLogits.apply)
+    _register(library, "reduce_nll", _ReduceNll.apply)
     _register(
         library,
         "lce_backward",

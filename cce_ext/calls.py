@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from . import reference, vocab_parallel
-from .autograd import lce_forward
+from .autograd import lce_forward, lce_loss
 from .few_tokens import keeps_logits
 from .ops import autocast_inputs
 from .options import (
@@ -173,31 +173,63 @@ def outputs_of(
     check_transforms()
     if call.pairs is not None:
         e, c, bias, z = with_pair_logits(e, c, bias, call.pairs, softcap)
-    method = resolve_method(options, e.dtype)
-    more: dict[str, Any] = {"stats": stats} if stats else {}
+    seed, keywords = _of_kernel(call, options, softcap, scored=bool(stats) or scale is not None)
+    if stats:
+        keywords["stats"] = stats
     if batch_invariant:
-        more["batch_invariant"] = True
+        keywords["batch_invariant"] = True
     if scale is not None:
-        more["scale"] = scale
-    if options.scan is not None:
-        check_scan_call(options.scan, call.e, call.may_train)
-        more["scan"] = options.scan
-    trains = call.may_train and torch.is_grad_enabled()
-    if trains and keeps_logits(e, method, options, bool(stats) or scale is not None):
-        method, more["keep_logits"] = EXACT, True
+        keywords["scale"] = scale
     forward: Callable[..., Any] = lce_forward
     if shard is not None:
         forward = functools.partial(vocab_parallel.lce_forward, shard)
-    out = forward(
-        *(e, c, bias, call.labels, _seed(call, method, options)),
-        ignore_index=ignore_index,
-        softcap=softcap,
-        # The scan draws by the map itself.
-        need_map=options.scan is not None or (trains and method.needs_map),
-        **method.keywords(),
-        **more,
-    )
+    out = forward(e, c, bias, call.labels, seed, **keywords)
     return out[0], out[1], out[-2], out[-1], z
+
+
+def loss_of(call: Call, options: Options) -> tuple[Tensor, Tensor] | None:
+    """The sum or mean of a call's nll by options.reduction and its lse [N], of the operator and a step of autograd.
+
+    None where they take more: of what options and inputs ask besides, or of ranks that have parts.
+    """
+    more = (options.mean_group, call.weight, call.soft, call.shard, call.from_local)
+    if (
+        options.reduction == "none"
+        or options.impl in DENSE
+        or options.label_smoothing
+        or any(x is not None for x in more)
+    ):
+        return None
+    check_transforms()
+    seed, keywords = _of_kernel(call, options, options.softcap)
+    return lce_loss(call.e, call.c, call.bias, call.labels, seed, options.reduction == "mean", **keywords)
+
+
+def _of_kernel(
+    call: Call, options: Options, softcap: float | None, scored: bool = False
+) -> tuple[Tensor | None, dict[str, Any]]:
+    """The seed and the keywords of a call's lce_forward. scored: statistics or scales of its logits are wanted."""
+    method, scan = resolve_method(options, call.e.dtype), options.scan
+    trains = call.may_train and torch.is_grad_enabled()
+    keeps = trains and keeps_logits(call.e, method, options, scored)
+    if keeps:
+        method = EXACT
+    keywords = {
+        "ignore_index": options.ignore_index,
+        "softcap": softcap,
+        "method": method.name,
+        "eps": method.eps,
+        "filter_e": method.filter_e,
+        "filter_c": method.filter_c,
+        # The scan draws by the map itself.
+        "need_map": scan is not None or (trains and method.needs_map),
+    }
+    if keeps:
+        keywords["keep_logits"] = True
+    if scan is not None:
+        check_scan_call(scan, call.e, call.may_train)
+        keywords["scan"] = scan
+    return _seed(call, method, options), keywords
 
 
 def _seed(call: Call, method: Method, options: Options) -> Tensor | None:

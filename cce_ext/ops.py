@@ -203,7 +203,19 @@ def _lce_backward_fake(
     return empty_gradients(e, c, bias, need_e, need_c, need_bias)
 
 
+def _reduce_nll(nll: Tensor, targets: Tensor, *, ignore_index: int = -100, mean: bool = True) -> tuple[Tensor, Tensor]:
+    if nll.dim() != 1 or targets.shape != nll.shape:
+        raise ValueError(f"targets: expected [N] like nll, got {list(targets.shape)} and {list(nll.shape)}")
+    count = (targets != ignore_index).sum(dtype=nll.dtype)
+    return nll.sum() / count if mean else nll.sum(), count
+
+
+def _reduce_nll_fake(nll: Tensor, targets: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    return nll.new_empty(()), nll.new_empty(())
+
+
 torch.library.register_fake(add_op_namespace_prefix("label_logits"), _label_logits_fake)
+torch.library.register_fake(add_op_namespace_prefix("reduce_nll"), _reduce_nll_fake)
 torch.library.register_fake(add_op_namespace_prefix("lce_forward"), _lce_forward_fake)
 torch.library.register_fake(add_op_namespace_prefix("lce_backward"), _lce_backward_fake)
 
@@ -259,6 +271,7 @@ for _key in autograd.AUTOCAST_KEYS:
     _library.impl("lce_backward", _lce_backward_autocast, _key)
 
 _library.impl("label_logits", _label_logits, "CompositeExplicitAutograd")
+_library.impl("reduce_nll", _reduce_nll, "CompositeExplicitAutograd")
 _library.impl("lce_forward", _lce_forward, "CompositeExplicitAutograd")
 _library.impl("lce_backward", _lce_backward, "CompositeExplicitAutograd")
 # Where the CUDA kernels of the two above leave a dtype to portable torch.
@@ -286,5 +299,5 @@ def refuse_cuda(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 if not HAS_CUDA and torch.version.hip is None:
-    for _name in ("label_logits", "lce_forward", "lce_backward"):
+    for _name in ("label_logits", "lce_forward", "lce_backward", "reduce_nll"):
         _library.impl(_name, refuse_cuda, "CUDA")

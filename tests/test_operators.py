@@ -48,6 +48,9 @@ def test_opcheck(options, device):
 def test_opcheck_of_the_rest(device):
     p = problem(device)
     torch.library.opcheck(torch.ops.cce.label_logits.default, (p.e, p.c, p.bias, p.targets), {"softcap": 2.0})
+    nll = torch.rand(20, device=device) * (p.targets != -100)
+    for options in ({}, {"mean": False, "ignore_index": 7}):
+        torch.library.opcheck(torch.ops.cce.reduce_nll.default, (nll.requires_grad_(), p.targets), options)
     q = p.leaves()
     torch.library.opcheck(
         torch.ops.cce.linear_cross_entropy.default, (q.e, q.c, q.targets, q.bias), {"impl": "cce_exact", "shift": 1}
@@ -252,10 +255,26 @@ def test_the_function_and_the_operator_agree(device):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("mean", [False, True])
+def test_reduce_nll_is_what_torch_has(mean, device):
+    p = problem(device)
+    nll = (torch.rand(20, device=device) * (p.targets != p.ignore_index)).requires_grad_()
+    count = (p.targets != p.ignore_index).sum()
+    loss, counted = torch.ops.cce.reduce_nll(nll, p.targets, ignore_index=p.ignore_index, mean=mean)
+    expected = nll.sum() / count if mean else nll.sum()
+    torch.testing.assert_close(loss, expected)
+    assert counted == count and not counted.requires_grad
+    g, same = (torch.autograd.grad(3.0 * x, nll)[0] for x in (loss, expected))
+    assert torch.equal(g, same)
+    if device == "cpu":
+        with pytest.raises(ValueError, match=r"targets: expected \[N\] like nll, got \[19\] and \[20\]"):
+            torch.ops.cce.reduce_nll(nll, p.targets[1:])
+
+
 def test_cuda_tensors_without_cuda_kernels_name_the_mend():
     """What a build without CUDA kernels puts behind the CUDA key, and that it does."""
     if not cce_ext.HAS_CUDA and torch.version.hip is None:
-        for op in ("label_logits", "lce_forward", "lce_backward"):
+        for op in ("label_logits", "lce_forward", "lce_backward", "reduce_nll"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cce::{op}", "CUDA")
     with pytest.raises(RuntimeError, match="built without its CUDA kernels.*CCE_CUDA=ON"):
         cce_ext.ops.refuse_cuda()

@@ -34,7 +34,7 @@ struct MeanRowsArguments {
   const GradientRow* rows;   // [n]
   const TokenScore* scores;  // [n], or null: no token's logits are scaled
   int d;
-  float* sums;    // [kMeanSplits, d]
+  float* sums;    // [kMeanSplits, d], or not used
   Element* mean;  // [d]
 };
 
@@ -88,8 +88,9 @@ __global__ void __launch_bounds__(kMeanThreads)
   if (column0 + own < a.d) a.sums[static_cast<int64_t>(blockIdx.y) * a.d + column0 + own] = total;
 }
 
-// The mean, of kMeanThreads columns a block.
-template <typename Element>
+// The mean, of kMeanThreads columns a block. kFewTokens: no more than there are runs, so that no run has more
+// than one: then there are no sums, and the tokens are added here, in the same order.
+template <typename Element, bool kFewTokens>
 __global__ void __launch_bounds__(kMeanThreads)
     mean_rows_kernel(const __grid_constant__ MeanRowsArguments<Element> a) {
   int live = 0;
@@ -106,9 +107,19 @@ __global__ void __launch_bounds__(kMeanThreads)
   const int column = static_cast<int>(blockIdx.x) * kMeanThreads + static_cast<int>(threadIdx.x);
   if (column >= a.d) return;
   float total = 0.0f;
+  if constexpr (kFewTokens) {
+#pragma unroll 8
+    for (int token = 0; token < a.e.count; ++token) {
+      const float value = widen<float>(a.e.data[token * a.e.stride + column]);
+      const float scale = a.scores == nullptr ? 1.0f : a.scores[token].scale2 / kLog2E;
+      // What the row of a token that does not count holds may be anything.
+      if (in_mean(a.rows[token])) total = __fadd_rn(total, __fmul_rn(scale, value));
+    }
+  } else {
 #pragma unroll 16
-  for (int split = 0; split < kMeanSplits; ++split)
-    total += a.sums[static_cast<int64_t>(split) * a.d + column];
+    for (int split = 0; split < kMeanSplits; ++split)
+      total += a.sums[static_cast<int64_t>(split) * a.d + column];
+  }
   a.mean[column] = narrow<Element>(total / static_cast<float>(max(count, 1)));
 }
 

@@ -26,7 +26,9 @@ struct GradientRowsArguments {
   const float* scale;    // [n] or null
   GradientRow* rows;     // [n]
   TokenScore* scores;    // [n] or null
-  uint32_t* largest;     // 0 before: the bits of the largest finite weight
+  uint32_t* largest;     // of what is zeroed: the bits of the largest finite weight
+  uint32_t* zeroed;      // zeros before the kernel, or made so by its one block
+  int64_t zeroed_words;
   int n;
   int64_t v;
 };
@@ -63,6 +65,10 @@ __device__ __forceinline__ float score_token(const GradientRowsArguments& args, 
 static __global__ void __launch_bounds__(kGradientRowsThreads)
     gradient_rows_kernel(GradientRowsArguments args) {
   const int i = static_cast<int>(blockIdx.x) * kGradientRowsThreads + static_cast<int>(threadIdx.x);
+  if (gridDim.x == 1) {
+    for (int64_t k = threadIdx.x; k < args.zeroed_words; k += kGradientRowsThreads) args.zeroed[k] = 0;
+    __syncthreads();
+  }
   float magnitude = 0.0f;
   if (i < args.n) {
     const int64_t target = args.targets[i];

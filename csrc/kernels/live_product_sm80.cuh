@@ -14,7 +14,8 @@
 // residual masses. Only where a token that does not count (ignored, or without a gradient) has a row of e
 // that is not finite, 0 times that row is NaN in every row of the product. Then the kernel here computes it
 // again from the rows that count; otherwise its blocks end at once. A copy of e without these rows would do
-// as well, but would take memory in every call.
+// as well, but would take memory in every call. Of few tokens the sampled backward takes the kernel without
+// cuBLAS before it.
 namespace cce {
 
 constexpr int kStrayRowsThreads = 256;
@@ -47,11 +48,11 @@ struct LiveProductArguments {
   const Element* weights;  // Major::kMN: [n, stride] of `columns` columns each; kK: [columns, stride]; scaled
   int64_t stride;
   Rows<Element> e;
-  const GradientRow* rows;  // [n]
-  const VisitControl* control;
+  const GradientRow* rows;      // [n]
+  const VisitControl* control;  // or null: the product is wanted whatever the rows hold
   int d, columns, stages;
   float factor;      // of the product
-  bool keeps_scale;  // else it is divided by the weights' scale
+  bool keeps_scale;  // else it is divided by the weights' scale, which control knows
   Element* out;      // [columns, d] contiguous
 };
 
@@ -62,7 +63,7 @@ constexpr int kLiveProductRows = 128;
 template <typename Element, Major kMajorOfWeights>
 __global__ void __launch_bounds__(kVisitThreads, 1)
     live_product_kernel(const __grid_constant__ LiveProductArguments<Element> a) {
-  if (a.control->stray_rows == 0) return;
+  if (a.control != nullptr && a.control->stray_rows == 0) return;
   // Setup
   extern __shared__ __align__(128) unsigned char shared[];
   using Lane = CopyLane<kVisitThreads>;

@@ -13,13 +13,38 @@
 // The kernels that find the tokens that count, and copy their rows.
 namespace cce {
 
+// Copies the rows that count, of 16 bits. Vectors have 16 bytes.
+struct CopyLiveRows {
+  const uint4* e;  // [n], rows of `vectors`
+  int64_t stride;  // in vectors
+  int vectors;
+  int n;
+  uint4* out;  // [n, vectors], of which the rows that count are written, in their order; or null: nothing is
+
+  // One of them, or of the zeros behind them. A warp calls it.
+  __device__ __forceinline__ void copy(int row, int rows, const int* tokens) const {
+    const int padded = (rows + kLiveRowsPadding - 1) / kLiveRowsPadding * kLiveRowsPadding;
+    if (row >= min(padded, n)) return;
+    const bool counts = row < rows;
+    const int token = counts ? tokens[row] : 0;
+    // Two pointers that do not meet, so that loads need not wait for stores.
+    const uint4* __restrict__ from = e + token * stride;
+    uint4* __restrict__ to = out + static_cast<int64_t>(row) * vectors;
+#pragma unroll 4
+    for (int k = static_cast<int>(threadIdx.x) % kWarpLanes; k < vectors; k += kWarpLanes) {
+      to[k] = counts ? __ldg(from + k) : uint4{0, 0, 0, 0};
+    }
+  }
+};
+
 struct LiveRowsArguments {
   Targets targets;  // [n]
   int64_t ignore_index;
   int n;
   ForwardSplits splits;
-  int* tokens;       // [n]
-  LiveCount* count;  // one
+  int* tokens;        // [n]
+  LiveCount* count;   // one
+  CopyLiveRows rows;  // where they are so few that one block copies them
 };
 
 constexpr int kLiveThreads = 1024;
@@ -68,38 +93,20 @@ static __global__ void __launch_bounds__(kLiveThreads) live_rows_kernel(LiveRows
   }
   __syncthreads();
   if (threadIdx.x == 0) *a.count = {rows, most == 0 ? 0 : ForwardSplits::splits_of(best)};
+  if (a.rows.out == nullptr || rows == a.n) return;
+  for (int row = warp; row < a.n; row += kWarps) a.rows.copy(row, rows, a.tokens);
 }
 
 constexpr int kCopyLiveThreads = 256;
 
-template <typename Element>
-struct CopyLiveRowsArguments {
-  Rows<Element> e;  // its count: all tokens
-  LiveRows live;
-  int d;         // a multiple of a vector
-  Element* out;  // [n, d], of which the rows that count are written, in their order
-};
-
-// Copies them, a warp a row, and makes the padding zeros; where all count, nothing.
-template <typename Element>
-__global__ void __launch_bounds__(kCopyLiveThreads)
-    copy_live_rows_kernel(const __grid_constant__ CopyLiveRowsArguments<Element> a) {
-  const int rows = a.live.count->rows;
-  if (rows == a.e.count) return;
+// The same by many blocks, a warp a row; where all count, nothing.
+static __global__ void __launch_bounds__(kCopyLiveThreads)
+    copy_live_rows_kernel(CopyLiveRows rows, LiveRows live) {
+  const int count = live.count->rows;
+  if (count == rows.n) return;
   constexpr int kWarps = kCopyLiveThreads / kWarpLanes;
-  const int lane = static_cast<int>(threadIdx.x) % kWarpLanes;
-  const int row = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarpLanes;
-  const int padded = (rows + kLiveRowsPadding - 1) / kLiveRowsPadding * kLiveRowsPadding;
-  if (row >= min(padded, a.e.count)) return;
-  const bool counts = row < rows;
-  const int token = counts ? a.live.tokens[row] : 0;
-  // Two pointers that do not meet, so that loads need not wait for stores.
-  const auto* __restrict__ from = reinterpret_cast<const uint4*>(a.e.data + token * a.e.stride);
-  auto* __restrict__ to = reinterpret_cast<uint4*>(a.out + static_cast<int64_t>(row) * a.d);
-#pragma unroll 4
-  for (int k = lane; k < a.d / kChunkElements; k += kWarpLanes) {
-    to[k] = counts ? __ldg(from + k) : uint4{0, 0, 0, 0};
-  }
+  const int warp = static_cast<int>(threadIdx.x) / kWarpLanes;
+  rows.copy(static_cast<int>(blockIdx.x) * kWarps + warp, count, live.tokens);
 }
 
 }  // namespace cce

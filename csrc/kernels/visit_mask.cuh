@@ -25,10 +25,12 @@ struct VisitMaskArguments {
   VisitRate rate;
   Softcap softcap;
   int n, tiles;
-  uint32_t* mask;       // [tiles, mask_words(n)]
-  uint32_t* counts;     // [tiles], 0 before
-  Element* residual;    // [tiles, residual_stride], scaled; or null: they are not wanted
-  int residual_stride;  // n, rounded up; what is past n becomes 0
+  uint32_t* mask;         // [tiles, mask_words(n)]
+  uint32_t* counts;       // [tiles], 0 before
+  Element* residual;      // [tiles, residual_stride], scaled; or null: they are not wanted
+  int residual_stride;    // n, rounded up; what is past n becomes 0
+  float* sums = nullptr;  // [sums_size]: dE's, whole vectors of 16 bytes, which become 0; or null
+  int64_t sums_size = 0;
 };
 
 // The mean of softcap's slope over a tile, about: that at the logit of a single column with the tile's norm.
@@ -52,6 +54,14 @@ __global__ void __launch_bounds__(kMaskThreads)
   const unsigned token_blocks = static_cast<unsigned>(a.n + kChainTokens - 1) / kChainTokens;
   const int block = static_cast<int>(blockIdx.x % token_blocks);
   const int first = block * kChainTokens;
+  // A memset would take a launch.
+  if (a.sums != nullptr) {
+    const int64_t step = static_cast<int64_t>(gridDim.x) * kMaskThreads;
+    for (int64_t k = static_cast<int64_t>(blockIdx.x) * kMaskThreads + threadIdx.x; k < a.sums_size / 4;
+         k += step) {
+      reinterpret_cast<float4*>(a.sums)[k] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+  }
   const int64_t seed = *a.seed ^ a.salt;
   const GradientScale<Element> scale(*a.largest);
   const int first_of_cell = static_cast<int>(blockIdx.x / token_blocks) * kChainTiles;

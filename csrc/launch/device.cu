@@ -2,6 +2,9 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <map>
+#include <mutex>
+#include <utility>
 
 #include "launch/arguments.cuh"
 #include "launch/launch.h"
@@ -20,7 +23,30 @@ bool sm90_kernels_held_back() {
 
 }  // namespace
 
+cudaError_t allow_shared_memory(const void* kernel, int bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const void*>, int> allowed;
+  int device = 0;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  // Held while CUDA is told: of two threads, the one that asks for less must not come last.
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& most = allowed[{device, kernel}];
+  if (bytes <= most) return cudaSuccess;
+  const cudaError_t refused =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (refused == cudaSuccess) most = bytes;
+  return refused;
+}
+
 LaunchError find_device_limits(int device, DeviceLimits& limits) {
+  static std::mutex mutex;
+  static std::map<int, DeviceLimits> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (const auto found = known.find(device); found != known.end()) {
+    limits = found->second;
+    return {};
+  }
   struct {
     int* value;
     cudaDeviceAttr attribute;
@@ -39,6 +65,7 @@ LaunchError find_device_limits(int device, DeviceLimits& limits) {
     }
   }
   limits.has_sm90 = CCE_HAS_SM90 && !sm90_kernels_held_back();
+  known[device] = limits;
   return {};
 }
 

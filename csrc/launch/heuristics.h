@@ -283,9 +283,14 @@ struct VisitsPlan {
   int centroid_group;  // rows of C in shared memory at a time, where a pass of its own finds the centroids
   int live_product_stages;
   int live_product_blocks;
+  bool few_tokens;                 // no more than the mean token has runs: what is done for many takes longer
   int64_t wait_milliseconds = -1;  // after which a wait gives up; -1: never
 
   int centroid_shared_bytes() const { return cce::centroid_shared_bytes(layout.d, centroid_group); }
+  // For products of the residual masses.
+  bool needs_blas(bool need_c) const {
+    return (need_c && !few_tokens) || (layout.need_e && !layout.finds_centroids);
+  }
 };
 
 inline VisitsPlan plan_visits(const LossInputs& in, bool need_e, bool need_c, bool need_bias,
@@ -310,6 +315,7 @@ inline VisitsPlan plan_visits(const LossInputs& in, bool need_e, bool need_c, bo
   plan.centroid_group = centroid_group(static_cast<int>(in.d), limits.shared_bytes - kCentroidStaticBytes);
   plan.live_product_stages = ring_stages(limits, kVisitStageBytes, 0);
   plan.live_product_blocks = limits.multiprocessors;
+  plan.few_tokens = in.n <= kMeanSplits;
   return plan;
 }
 

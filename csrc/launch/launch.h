@@ -17,7 +17,7 @@ LaunchError launch_pair_logits(const PairLogitsParams& params, int device, void*
 LaunchError launch_pair_gradients(const PairGradientsParams& params, const PairGradientsPlan& plan,
                                   int device, void* stream);
 
-// Fills in the limits. After an error CUDA has nothing left to report.
+// Fills in the limits, for which CUDA is asked once a device. After an error CUDA has nothing left to report.
 LaunchError find_device_limits(int device, DeviceLimits& limits);
 
 // CCE_DEBUG=1 in the environment has what waits inside a kernel give up with a message after so many
@@ -27,6 +27,9 @@ int64_t watchdog_milliseconds();
 // fp16 and bf16 only. The label logits must have been computed.
 LaunchError launch_lce_forward(const LceForwardParams& params, const LceForwardPlan& plan, int device,
                                void* stream);
+
+// The sum or the mean of nll over the tokens that count; of none too.
+LaunchError launch_reduce_nll(const ReduceNllParams& params, int device, void* stream);
 
 // The gradients' weights a token: what the backward launches below begin from.
 LaunchError launch_gradient_rows(const LceBackwardParams& params, int device, void* stream);
@@ -40,9 +43,10 @@ LaunchError launch_exact_backward(const LceBackwardParams& params, const ExactSc
 // Rounds these sums to grad_e, which may be allocated as late as this.
 LaunchError launch_round_gradient(const LceBackwardParams& params, int device, void* stream);
 
-// Finds the visits and lists the work.
+// Finds the visits and lists the work. blas: where the plan needs one.
 LaunchError launch_visits_plan(const LceBackwardParams& params, const VisitsScratch& scratch,
-                               const VisitsPlan& plan, const Blas& blas, int device, void* stream);
+                               const VisitsPlan& plan, const std::optional<Blas>& blas, int device,
+                               void* stream);
 
 // The same without the control variate: for a scan's visits.
 LaunchError launch_visits_search(const LceBackwardParams& params, const VisitsScratch& scratch,

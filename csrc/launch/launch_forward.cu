@@ -37,17 +37,35 @@ LaunchError launch_lse(const LceForwardParams& p, const LceForwardPlan& plan, vo
   });
 }
 
-LaunchError copy_live_rows(const LceForwardParams& p, cudaStream_t on) {
+// What one block copies in less time than a second kernel takes to begin.
+constexpr int64_t kFewRows = 128, kFewElements = 1 << 15;
+
+// Lists the rows that count and copies them. A scan has its own copy.
+LaunchError find_live_rows(const LceForwardParams& p, const LceForwardPlan& plan, cudaStream_t on) {
   static_assert(kLiveRowsPadding % (2 * LogitsSm90::kRows) == 0 && kLiveRowsPadding % kLogitsRows == 0,
                 "whole units of rows");
-  return dispatch_16bit(p.in.dtype, [&](auto element) {
-    using Element = decltype(element);
-    const CopyLiveRowsArguments<Element> a = {rows_of_e<Element>(p.in), live_rows_of(p),
-                                              static_cast<int>(p.in.d), static_cast<Element*>(p.live_e)};
+  const auto n = static_cast<int>(p.in.n);
+  CopyLiveRows rows{};
+  rows.e = static_cast<const uint4*>(p.in.e);
+  rows.stride = p.in.e_row_stride / kChunkElements;
+  rows.vectors = static_cast<int>(p.in.d / kChunkElements);
+  rows.n = n;
+  const bool few = n <= kFewRows && p.in.n * p.in.d <= kFewElements;
+  if (few && !p.scan.on()) rows.out = static_cast<uint4*>(p.live_e);
+  const LiveRowsArguments r = {targets_of(p.in),
+                               p.in.ignore_index,
+                               n,
+                               plan.splits,
+                               p.live_tokens,
+                               static_cast<LiveCount*>(p.live_count),
+                               rows};
+  live_rows_kernel<<<1, kLiveThreads, 0, on>>>(r);
+  if (!few && !p.scan.on()) {
+    rows.out = static_cast<uint4*>(p.live_e);
     const auto blocks = static_cast<unsigned>(ceil_div(p.in.n, kCopyLiveThreads / kWarpLanes));
-    copy_live_rows_kernel<Element><<<blocks, kCopyLiveThreads, 0, on>>>(a);
-    return cuda_error(cudaGetLastError());
-  });
+    copy_live_rows_kernel<<<blocks, kCopyLiveThreads, 0, on>>>(rows, live_rows_of(p));
+  }
+  return cuda_error(cudaGetLastError());
 }
 
 }  // namespace
@@ -58,13 +76,7 @@ LaunchError launch_lce_forward(const LceForwardParams& p, const LceForwardPlan& 
   const cudaError_t error = cudaSetDevice(device);
   if (error != cudaSuccess) return cuda_error(error);
   const auto on = static_cast<cudaStream_t>(stream);
-  const LiveRowsArguments r = {targets_of(p.in), p.in.ignore_index, static_cast<int>(p.in.n),
-                               plan.splits,      p.live_tokens,     static_cast<LiveCount*>(p.live_count)};
-  live_rows_kernel<<<1, kLiveThreads, 0, on>>>(r);
-  // A scan has its own copy.
-  if (!p.scan.on()) {
-    if (const LaunchError failed = copy_live_rows(p, on)) return failed;
-  }
+  if (const LaunchError failed = find_live_rows(p, plan, on)) return failed;
   // An empty vocabulary, such as a shard may have, has no product: its log-sum-exp is -inf.
   if (p.in.v > 0) {
     if (const LaunchError failed = launch_lse(p, plan, stream)) return failed;

@@ -12,8 +12,10 @@ LaunchError launch_gradient_rows(const LceBackwardParams& p, int device, void* s
   if (p.in.n == 0) return {};
   const auto on = static_cast<cudaStream_t>(stream);
   auto* control = static_cast<VisitControl*>(p.control);
+  const auto blocks = static_cast<unsigned>(ceil_div(p.in.n, kGradientRowsThreads));
   cudaError_t error = cudaSetDevice(device);
-  if (error == cudaSuccess) error = cudaMemsetAsync(control, 0, sizeof(VisitControl), on);
+  // A block that is alone makes the zeros itself.
+  if (error == cudaSuccess && blocks > 1) error = cudaMemsetAsync(control, 0, p.zeroed_bytes, on);
   if (error != cudaSuccess) return cuda_error(error);
   GradientRowsArguments a;
   a.g_nll = p.g_nll;
@@ -32,9 +34,10 @@ LaunchError launch_gradient_rows(const LceBackwardParams& p, int device, void* s
   static_assert(sizeof(TokenScore) == kTokenScoreBytes, "what the operator allocates");
   a.scores = static_cast<TokenScore*>(p.scores);
   a.largest = &control->largest;
+  a.zeroed = static_cast<uint32_t*>(p.control);
+  a.zeroed_words = p.zeroed_bytes / static_cast<int64_t>(sizeof(uint32_t));
   a.n = static_cast<int>(p.in.n);
   a.v = p.in.v;
-  const auto blocks = static_cast<unsigned>(ceil_div(p.in.n, kGradientRowsThreads));
   gradient_rows_kernel<<<blocks, kGradientRowsThreads, 0, on>>>(a);
   return cuda_error(cudaGetLastError());
 }

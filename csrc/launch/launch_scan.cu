@@ -13,7 +13,7 @@ LaunchError launch_scan_correction(const LceForwardParams& p, const LceBackwardP
   if (p.in.n == 0 || p.in.v == 0) return {};
   const auto on = static_cast<cudaStream_t>(stream);
   cudaError_t error = cudaSetDevice(device);
-  if (error == cudaSuccess) error = cudaMemsetAsync(visits.control, 0, sizeof(VisitControl), on);
+  if (error == cudaSuccess) error = cudaMemsetAsync(visits.control, 0, visits.zeroed_bytes, on);
   if (error != cudaSuccess) return cuda_error(error);
   const auto n = static_cast<int>(p.in.n);
   const ScanRowsArguments r = {p.lse,

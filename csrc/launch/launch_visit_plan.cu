@@ -1,5 +1,7 @@
 #include <cuda_runtime.h>
 
+#include <optional>
+
 #include "kernels/centroids.cuh"
 #include "kernels/visit_mask.cuh"
 #include "kernels/visit_plan.cuh"
@@ -24,8 +26,11 @@ cudaError_t find_centroids(const LceBackwardParams& p, const VisitsScratch& scra
   m.sums = scratch.mean_sums;
   m.mean = static_cast<Element*>(scratch.mean);
   const auto blocks = static_cast<unsigned>(ceil_div(p.in.d, kMeanColumns));
-  mean_rows_sums_kernel<Element><<<dim3(blocks, kMeanSplits), kMeanThreads, 0, on>>>(m);
-  mean_rows_kernel<Element><<<blocks, kMeanThreads, 0, on>>>(m);
+  if (!plan.few_tokens) {
+    mean_rows_sums_kernel<Element><<<dim3(blocks, kMeanSplits), kMeanThreads, 0, on>>>(m);
+  }
+  const auto kernel = plan.few_tokens ? mean_rows_kernel<Element, true> : mean_rows_kernel<Element, false>;
+  kernel<<<blocks, kMeanThreads, 0, on>>>(m);
   if (plan.shape.finds_centroids) return cudaGetLastError();
 
   CentroidsArguments<Element> c;
@@ -50,8 +55,6 @@ cudaError_t find_centroids(const LceBackwardParams& p, const VisitsScratch& scra
 template <typename Element>
 cudaError_t find_visits(const LceBackwardParams& p, const VisitsScratch& scratch, const VisitsPlan& plan,
                         cudaStream_t on) {
-  const cudaError_t error = cudaMemsetAsync(scratch.counts, 0, plan.tiles * sizeof(uint32_t), on);
-  if (error != cudaSuccess) return error;
   VisitMaskArguments<Element> m;
   m.rows = static_cast<const GradientRow*>(p.rows);
   m.scores = static_cast<const TokenScore*>(p.scores);
@@ -68,6 +71,10 @@ cudaError_t find_visits(const LceBackwardParams& p, const VisitsScratch& scratch
   m.counts = static_cast<uint32_t*>(scratch.counts);
   m.residual = visit_residual<Element>(p, scratch, plan.layout);
   m.residual_stride = plan.layout.residual_stride;
+  if (p.grad_e != nullptr && plan.layout.finds_centroids) {
+    m.sums = visit_sums<Element>(p, plan.layout);
+    m.sums_size = p.in.n * p.in.d;
+  }
   // A block writes 512 bytes of the mask: 2^31 blocks would be 1 TB of it.
   const int64_t mask_blocks = ceil_div(plan.layout.n, kChainTokens) * ceil_div(plan.tiles, kChainTiles);
   const auto kernel =
@@ -89,22 +96,26 @@ cudaError_t find_visits(const LceBackwardParams& p, const VisitsScratch& scratch
 // The products of the residual masses: with E for dC, with the centroids for dE.
 template <typename Element>
 LaunchError multiply_residuals(const LceBackwardParams& p, const VisitsScratch& scratch,
-                               const VisitsPlan& plan, const Blas& blas, cudaStream_t on) {
+                               const VisitsPlan& plan, const std::optional<Blas>& blas, cudaStream_t on) {
   const Element* residual = visit_residual<Element>(p, scratch, plan.layout);
   const BlasMatrix masses = {residual, plan.layout.residual_stride};
   const int64_t n = p.in.n, d = p.in.d, tiles = plan.tiles;
-  Cublas cublas(blas, p.in.dtype);
+  std::optional<Cublas> cublas;
+  if (blas) cublas.emplace(*blas, p.in.dtype);
   if (p.grad_c != nullptr) {
     constexpr float kFactor = 1.0f / centroid_weight_scale<Element>();
-    find_stray_rows<Element>(p, on);
-    cublas.multiply_rounded(masses, matrix(rows_of_e<Element>(p.in), d), tiles, d, n, scratch.residual_e,
-                            kFactor);
+    // Of few tokens the kernel of ours alone: it takes no longer, and looks at the rows that count only.
+    if (!plan.few_tokens) {
+      find_stray_rows<Element>(p, on);
+      cublas->multiply_rounded(masses, matrix(rows_of_e<Element>(p.in), d), tiles, d, n, scratch.residual_e,
+                               kFactor);
+    }
     LiveProductArguments<Element> l;
     l.weights = residual;
     l.stride = plan.layout.residual_stride;
     l.e = rows_of_e<Element>(p.in);
     l.rows = static_cast<const GradientRow*>(p.rows);
-    l.control = control_of(p);
+    l.control = plan.few_tokens ? nullptr : control_of(p);
     l.d = static_cast<int>(d);
     l.columns = plan.tiles;
     l.stages = plan.live_product_stages;
@@ -119,16 +130,12 @@ LaunchError multiply_residuals(const LceBackwardParams& p, const VisitsScratch& 
     residual_sums_kernel<Element><<<blocks, kResidualSumsThreads, 0, on>>>(
         residual, plan.layout.residual_stride, plan.layout.n, plan.tiles, scratch.residual_sums);
   }
-  if (p.grad_e != nullptr) {
-    float* sums = visit_sums<Element>(p, plan.layout);
-    if (plan.layout.finds_centroids) {
-      const cudaError_t error = cudaMemsetAsync(sums, 0, n * d * sizeof(float), on);
-      if (error != cudaSuccess) return cuda_error(error);
-    } else {
-      cublas.multiply_transposed_wide(masses, {scratch.centroids, d}, n, d, tiles, sums);
-    }
+  // Where the visits find the centroids, they multiply them as well.
+  if (p.grad_e != nullptr && !plan.layout.finds_centroids) {
+    cublas->multiply_transposed_wide(masses, {scratch.centroids, d}, n, d, tiles,
+                                     visit_sums<Element>(p, plan.layout));
   }
-  if (cublas.error() != nullptr) return {"cuBLAS", cublas.error()};
+  if (cublas && cublas->error() != nullptr) return {"cuBLAS", cublas->error()};
   return cuda_error(cudaGetLastError());
 }
 
@@ -147,7 +154,8 @@ LaunchError launch_visits_search(const LceBackwardParams& p, const VisitsScratch
 }
 
 LaunchError launch_visits_plan(const LceBackwardParams& p, const VisitsScratch& scratch,
-                               const VisitsPlan& plan, const Blas& blas, int device, void* stream) {
+                               const VisitsPlan& plan, const std::optional<Blas>& blas, int device,
+                               void* stream) {
   if (p.in.n == 0) return {};
   const auto on = static_cast<cudaStream_t>(stream);
   return dispatch_16bit(p.in.dtype, [&](auto element) -> LaunchError {

@@ -51,6 +51,18 @@ struct PairGradientsParams {
   void* edge_biases;         // scratch: [segments, 2] sums, for grad_bias
 };
 
+struct ReduceNllParams {
+  const float* nll;     // [n], contiguous
+  const void* targets;  // [n], int32 or int64
+  int64_t target_stride;
+  bool targets_are_int64;
+  int64_t ignore_index;
+  int64_t n;
+  bool mean;
+  float* loss;   // one
+  float* count;  // one: of the tokens that count
+};
+
 constexpr int64_t kLiveCountBytes = 8;
 
 // What the forward finds of each token's softmax besides, and who asks for it: bits of the operator's stats.
@@ -117,7 +129,8 @@ struct LceBackwardParams {
   const float* scale;    // [n] contiguous, of the logits, or null: 1
   void* scores;          // scratch: [n] TokenScore, kTokenScoreBytes each, or null: neither is there
   void* rows;            // scratch: [n] GradientRow, 16 bytes each
-  void* control;         // scratch: VisitControl
+  void* control;         // scratch: VisitControl, and behind it what else begins as zeros
+  int64_t zeroed_bytes;  // of both: a multiple of 4
   void* grad_e;          // [n, d] or null
   void* grad_c;          // [v, d] or null
   void* grad_bias;       // [v] or null
@@ -144,7 +157,7 @@ struct VisitsScratch {
   int64_t salt;          // 0, or what other draws by the same seed have
   double eps;
   void* mask;            // [tiles, mask words]
-  void* counts;          // [tiles]
+  void* counts;          // [tiles], of what control begins
   void* order;           // [strips]
   void* chunk_begins;    // [chunks + 1, 2]
   void* pending;         // [2 + 2 chunks]

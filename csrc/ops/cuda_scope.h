@@ -4,6 +4,10 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <cstdint>
+#include <functional>
+#include <map>
+#include <mutex>
+#include <string>
 
 #include "launch/params.h"
 #include "ops/checks.h"
@@ -11,10 +15,17 @@
 namespace cce {
 
 // A function of libtorch_cuda or of a library that it is linked with, such as cuBLAS; null where there is
-// none. Looked for at run time, since a library that also serves a torch without CUDA cannot link it.
+// none. Looked for at run time, since a library that also serves a torch without CUDA cannot link it; once,
+// since that goes through the symbols of all libraries that torch's is linked with.
 inline void* torch_cuda_function(const char* name) {
   static void* const library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-  return library == nullptr ? nullptr : dlsym(library, name);
+  if (library == nullptr) return nullptr;
+  static std::mutex mutex;
+  static std::map<std::string, void*, std::less<>> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto found = known.find(name);
+  if (found == known.end()) found = known.emplace(name, dlsym(library, name)).first;
+  return found->second;
 }
 
 // torch's current CUDA stream on a device, a cudaStream_t. The stable ABI has it as

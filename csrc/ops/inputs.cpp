@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "ops/allocate.h"
 #include "ops/checks.h"
 
 namespace cce {
@@ -76,6 +77,10 @@ void check_seed(const char* op, const std::optional<Tensor>& seed, const Tensor&
             seed ? describe(*seed) : "None");
 }
 
+Tensor with_contiguous_memory(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 Tensor with_contiguous_rows(const Tensor& tensor) {
   return tensor.size(1) <= 1 || tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
@@ -88,8 +93,7 @@ Tensor with_vector_rows(const Tensor& tensor) {
                        (rows <= 1 || (tensor.stride(0) % kElements == 0 && tensor.stride(0) >= 0));
   if (whole && aligned && tensor.stride(1) == 1) return tensor;
   const int64_t width = whole ? d : (d / kElements + 1) * kElements;
-  Tensor copy = whole ? torch::stable::new_empty(tensor, {rows, width})
-                      : torch::stable::new_zeros(tensor, {rows, width});
+  Tensor copy = whole ? allocate(tensor, {rows, width}) : torch::stable::new_zeros(tensor, {rows, width});
   if (d > 0) {
     Tensor part = torch::stable::narrow(copy, 1, 0, d);
     torch::stable::copy_(part, tensor);

@@ -30,6 +30,9 @@ void check_scale(const char* op, const std::optional<torch::stable::Tensor>& sca
 void check_seed(const char* op, const std::optional<torch::stable::Tensor>& seed,
                 const torch::stable::Tensor& e);
 
+// The tensor itself where it is contiguous, which the dispatcher need not be asked for; else a copy.
+torch::stable::Tensor with_contiguous_memory(const torch::stable::Tensor& tensor);
+
 // The tensor itself where its last dimension is contiguous, whatever its row stride; else a contiguous copy.
 torch::stable::Tensor with_contiguous_rows(const torch::stable::Tensor& tensor);
 

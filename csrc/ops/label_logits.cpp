@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "launch/launch.h"
+#include "ops/allocate.h"
 #include "ops/cuda_scope.h"
 #include "ops/inputs.h"
 #include "ops/namespace.h"
@@ -27,8 +28,8 @@ Tensor label_logits(const Tensor& e_in, const Tensor& c_in, const std::optional<
   const CudaScope scope(e_in);
   const Tensor e = with_contiguous_rows(e_in);
   const Tensor c = with_contiguous_rows(c_in);
-  const Tensor out = torch::stable::new_empty(
-      e, {e.size(0)}, dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float);
+  const Tensor out =
+      allocate(e, {e.size(0)}, dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float);
   const LabelLogitsParams params = {loss_inputs(dtype, e, c, bias, targets, ignore_index, softcap),
                                     scale ? scale->const_data_ptr() : nullptr, out.mutable_data_ptr()};
   check_launch(kOp, launch_label_logits(params, scope.device(), scope.stream()), e);

@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "launch/launch.h"
+#include "ops/allocate.h"
 #include "ops/checks.h"
 #include "ops/cuda_scope.h"
 #include "ops/inputs.h"
@@ -20,7 +21,6 @@ namespace cce {
 namespace {
 
 using torch::headeronly::ScalarType;
-using torch::stable::new_empty;
 using torch::stable::Tensor;
 
 constexpr const char* kOp = CCE_OPERATOR("lce_backward: ");
@@ -50,10 +50,13 @@ void exact(const LceBackwardParams& params, double threshold, const void* codes,
   const std::optional<Blas> blas = products ? std::optional<Blas>(current_blas()) : std::nullopt;
   const ExactPlan plan =
       plan_exact(in, params.sum_e != nullptr, params.grad_c != nullptr, device_limits(kOp, e));
-  const Tensor dz = new_empty(e, {in.n, plan.chunk_columns});
-  const Tensor factors = new_empty(e, {2}, ScalarType::Float);
-  const ExactScratch scratch = {codes, dz.mutable_data_ptr(), static_cast<float*>(factors.mutable_data_ptr()),
-                                threshold};
+  ExactScratch scratch{};
+  scratch.threshold = threshold;
+  scratch.codes = codes;
+  Workspace space;
+  space.add(scratch.dz, in.n * plan.chunk_columns * Workspace::kElement);
+  space.add(scratch.factors, 2 * Workspace::kWord);
+  const Tensor memory = space.allocate(e);
   check_launch(kOp, launch_exact_backward(params, scratch, plan, blas, scope.device(), scope.stream()), e);
 }
 
@@ -61,53 +64,58 @@ void round_gradient(const LceBackwardParams& params, const Tensor& e, const Cuda
   check_launch(kOp, launch_round_gradient(params, scope.device(), scope.stream()), e);
 }
 
-void visits(LceBackwardParams params, const Tensor& tile_map, const int64_t* seed, double eps,
-            const Tensor& e, const CudaScope& scope) {
-  const LossInputs& in = params.in;
-  const bool need_e = params.grad_e != nullptr, need_c = params.grad_c != nullptr,
-             need_bias = params.grad_bias != nullptr;
-  VisitsPlan plan = plan_visits(in, need_e, need_c, need_bias, device_limits(kOp, e));
-  plan.wait_milliseconds = watchdog_milliseconds();
-  const VisitLayout& layout = plan.layout;
-  const int64_t tiles = plan.tiles;
-  Workspace space;
+// The sampled pass of some sides: its plan, and its scratch memory.
+struct Visits {
+  VisitsPlan plan;
   VisitsScratch scratch{};
-  scratch.tile_map = tile_map.const_data_ptr();
-  scratch.seed = seed;
-  scratch.eps = eps;
-  constexpr int64_t element = Workspace::kElement, word = Workspace::kWord;
-  if (need_e && !layout.borrows()) space.add(params.sum_e, in.n * in.d * word);
-  space.add(scratch.mask, tiles * plan.words * word);
-  space.add(scratch.counts, tiles * word);
-  space.add(scratch.order, layout.strips * word);
-  space.add(scratch.chunk_begins, 2 * (layout.max_chunks + 1) * word);
-  space.add(scratch.pending, layout.max_gates() * word);
-  space.add(scratch.items, layout.max_items * static_cast<int64_t>(sizeof(VisitItem)));
-  space.add(scratch.mean, in.d * element);
-  space.add(scratch.mean_sums, kMeanSplits * in.d * word);
-  if (need_c) space.add(scratch.residual_e, tiles * in.d * element);
-  if (need_bias) space.add(scratch.residual_sums, tiles * word);
-  if (!plan.shape.finds_centroids) space.add(scratch.weights, tiles * kTileColumns * element);
-  // Unless the visits find the centroids, these are done with before the ring is wanted: they never live
-  // together.
-  Workspace early;
-  (layout.finds_centroids ? space : early).add(scratch.centroids, tiles * in.d * element);
-  if (!(layout.borrows() && layout.finds_centroids)) {
-    (layout.finds_centroids ? space : early).add(scratch.residual, tiles * layout.residual_stride * element);
+  // Of what is done with before the ring is wanted, and of the ring, which takes its place.
+  Workspace early, late;
+
+  Visits(const LossInputs& in, const Sides& sides, const Tensor& e)
+      : plan(plan_visits(in, sides.e, sides.c, sides.bias, device_limits(kOp, e))) {
+    plan.wait_milliseconds = watchdog_milliseconds();
   }
-  const Tensor memory = space.allocate(e);
-  std::optional<Tensor> early_memory;
-  if (!early.empty()) early_memory = early.allocate(e);
-  check_launch(kOp, launch_visits_plan(params, scratch, plan, current_blas(), scope.device(), scope.stream()),
-               e);
-  // What is allocated next may have the same memory: it is used later on the same stream.
-  early_memory.reset();
-  Workspace late;
-  late.add(scratch.dz, layout.ring_rows() * layout.columns * element);
-  late.add(scratch.tokens, layout.ring_rows() * word);
-  const Tensor ring = late.allocate(e);
-  check_launch(kOp, launch_visits(params, scratch, plan, scope.device(), scope.stream()), e);
-}
+
+  // Adds all parts but the counts. sum_e: becomes where dE's sums lie, unless they are borrowed.
+  void add_parts(Workspace& space, const LossInputs& in, const Sides& sides, float*& sum_e) {
+    const VisitLayout& layout = plan.layout;
+    const int64_t tiles = plan.tiles;
+    constexpr int64_t element = Workspace::kElement, word = Workspace::kWord;
+    if (sides.e && !layout.borrows()) space.add(sum_e, in.n * in.d * word);
+    space.add(scratch.mask, tiles * plan.words * word);
+    space.add(scratch.order, layout.strips * word);
+    space.add(scratch.chunk_begins, 2 * (layout.max_chunks + 1) * word);
+    space.add(scratch.pending, layout.max_gates() * word);
+    space.add(scratch.items, layout.max_items * static_cast<int64_t>(sizeof(VisitItem)));
+    space.add(scratch.mean, in.d * element);
+    if (!plan.few_tokens) space.add(scratch.mean_sums, kMeanSplits * in.d * word);
+    if (sides.c) space.add(scratch.residual_e, tiles * in.d * element);
+    if (sides.bias) space.add(scratch.residual_sums, tiles * word);
+    if (!plan.shape.finds_centroids) space.add(scratch.weights, tiles * kTileColumns * element);
+    // Unless the visits find the centroids, these are done with before the ring is wanted: they never live
+    // together.
+    Workspace& of_centroids = layout.finds_centroids ? space : early;
+    of_centroids.add(scratch.centroids, tiles * in.d * element);
+    if (!(layout.borrows() && layout.finds_centroids)) {
+      of_centroids.add(scratch.residual, tiles * layout.residual_stride * element);
+    }
+    Workspace& of_ring = early.empty() ? space : late;
+    of_ring.add(scratch.dz, layout.ring_rows() * layout.columns * element);
+    of_ring.add(scratch.tokens, layout.ring_rows() * word);
+  }
+
+  void launch(const LceBackwardParams& params, const Tensor& e, const CudaScope& scope) {
+    std::optional<Tensor> early_memory, late_memory;
+    if (!early.empty()) early_memory = early.allocate(e);
+    const std::optional<Blas> blas =
+        plan.needs_blas(params.grad_c != nullptr) ? std::optional<Blas>(current_blas()) : std::nullopt;
+    check_launch(kOp, launch_visits_plan(params, scratch, plan, blas, scope.device(), scope.stream()), e);
+    // What is allocated next may have the same memory: it is used later on the same stream.
+    early_memory.reset();
+    if (!late.empty()) late_memory = late.allocate(e);
+    check_launch(kOp, launch_visits(params, scratch, plan, scope.device(), scope.stream()), e);
+  }
+};
 
 // A gradient as wide as the input was before its rows were padded.
 Tensor unpadded(const Tensor& gradient, int64_t width) {
@@ -176,20 +184,19 @@ std::tuple<Tensor, Tensor, Tensor> lce_backward(
   // Without tokens, or without a vocabulary, as a shard may be.
   const bool nothing = n == 0 || v == 0;
   const auto gradient = [&](bool needed, std::initializer_list<int64_t> shape) {
-    if (!needed) return new_empty(e, {0});
-    return nothing ? torch::stable::new_zeros(e, shape) : new_empty(e, shape);
+    if (!needed) return allocate(e, {0});
+    return nothing ? torch::stable::new_zeros(e, shape) : allocate(e, shape);
   };
   // Of the exact pass e's gradient comes last: with it, the pass would need more memory.
-  Tensor grad_e = gradient(need.e && nothing, {n, width});
+  std::optional<Tensor> grad_e;
+  if (nothing || !need.e) grad_e = gradient(need.e, {n, width});
   const Tensor grad_c = gradient(need.c, {v, width});
   const Tensor grad_bias = gradient(need.bias, {v});
 
   if (!nothing && need.any()) {
-    const Tensor nll = torch::stable::contiguous(nll_in);
-    const Tensor lse = torch::stable::contiguous(lse_in);
-    const Tensor tile_map = torch::stable::contiguous(tile_map_in);
-    const Tensor rows = new_empty(e, {n, 4}, ScalarType::Float);
-    const Tensor control = new_empty(e, {sizeof(VisitControl) / sizeof(int)}, ScalarType::Int);
+    const Tensor nll = with_contiguous_memory(nll_in);
+    const Tensor lse = with_contiguous_memory(lse_in);
+    const Tensor tile_map = with_contiguous_memory(tile_map_in);
     LceBackwardParams params{};
     params.in = loss_inputs(dtype, e, c, bias, targets, ignore_index, softcap);
     if (g_nll) {
@@ -200,47 +207,61 @@ std::tuple<Tensor, Tensor, Tensor> lce_backward(
       params.g_lse = static_cast<const float*>(g_lse->const_data_ptr());
       params.g_lse_stride = g_lse->stride(0);
     }
-    std::optional<Tensor> entropy, scores;
+    std::optional<Tensor> entropy;
     if (g_entropy) {
-      entropy = torch::stable::contiguous(*entropy_in);
+      entropy = with_contiguous_memory(*entropy_in);
       params.g_entropy = static_cast<const float*>(g_entropy->const_data_ptr());
       params.g_entropy_stride = g_entropy->stride(0);
       params.entropy = static_cast<const float*>(entropy->const_data_ptr());
     }
     if (scale) params.scale = static_cast<const float*>(scale->const_data_ptr());
-    if (g_entropy || scale) {
-      scores = new_empty(e, {n, kTokenScoreBytes}, ScalarType::Byte);
-      params.scores = scores->mutable_data_ptr();
-    }
     params.nll = static_cast<const float*>(nll.const_data_ptr());
     params.lse = static_cast<const float*>(lse.const_data_ptr());
-    params.rows = rows.mutable_data_ptr();
-    params.control = control.mutable_data_ptr();
     params.grad_c = grad_c.mutable_data_ptr();
     params.grad_bias = grad_bias.mutable_data_ptr();
-    // The sampled method has its own way with e's sums.
-    const bool sums_e = need.e && (!sampled || !filter_e);
-    const Tensor sum_e = new_empty(e, {sums_e ? n : 0, width}, ScalarType::Float);
-    params.sum_e = sums_e ? static_cast<float*>(sum_e.mutable_data_ptr()) : nullptr;
-    check_launch(kOp, launch_gradient_rows(params, scope.device(), scope.stream()), e);
     const void* codes = kept ? tile_map.const_data_ptr() : nullptr;
     // A side that asks for its whole gradient takes it from a pass over every pair.
     const bool part_e = !exactly && filter_e, part_c = !exactly && filter_c;
     const Sides whole = {need.e && !part_e, need.c && !part_c, need.bias && !part_c};
     const Sides part = {need.e && part_e, need.c && part_c, need.bias && part_c};
+
+    constexpr int64_t word = Workspace::kWord;
+    std::optional<Visits> visits;
+    if (sampled && part.any()) {
+      visits.emplace(params.in, part, e);
+      visits->scratch.tile_map = tile_map.const_data_ptr();
+      visits->scratch.seed = static_cast<const int64_t*>(seed->const_data_ptr());
+      visits->scratch.eps = eps;
+    }
+    Workspace space;
+    space.add(params.rows, n * 4 * word);
+    const int64_t zeros = space.bytes();
+    space.add(params.control, static_cast<int64_t>(sizeof(VisitControl)));
+    if (visits) space.add(visits->scratch.counts, visits->plan.tiles * word);
+    params.zeroed_bytes = space.bytes() - zeros;
+    if (g_entropy || scale) space.add(params.scores, n * kTokenScoreBytes);
+    // The sampled method has its own way with e's sums.
+    if (need.e && (!sampled || !filter_e)) space.add(params.sum_e, n * width * word);
+    // After a pass over every pair, whose memory is given back first.
+    Workspace of_visits;
+    if (visits) visits->add_parts(whole.any() ? of_visits : space, params.in, part, params.sum_e);
+    const Tensor memory = space.allocate(e);
+
+    check_launch(kOp, launch_gradient_rows(params, scope.device(), scope.stream()), e);
     if (whole.any()) exact(only(params, whole), 0.0, codes, e, scope);
     if (part.any() && threshold) exact(only(params, part), eps, nullptr, e, scope);
     if (need.e) {
       grad_e = gradient(true, {n, width});
-      params.grad_e = grad_e.mutable_data_ptr();
+      params.grad_e = grad_e->mutable_data_ptr();
       if (!sampled || whole.e) round_gradient(params, e, scope);
     }
-    if (part.any() && sampled) {
-      const auto* drawn = static_cast<const int64_t*>(seed->const_data_ptr());
-      visits(only(params, part), tile_map, drawn, eps, e, scope);
+    if (visits) {
+      std::optional<Tensor> visits_memory;
+      if (!of_visits.empty()) visits_memory = of_visits.allocate(e);
+      visits->launch(only(params, part), e, scope);
     }
   }
-  return {unpadded(grad_e, d), unpadded(grad_c, d), grad_bias};
+  return {unpadded(*grad_e, d), unpadded(grad_c, d), grad_bias};
 }
 
 void boxed(StableIValue* stack, uint64_t num_args, uint64_t num_outputs) {

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "launch/launch.h"
+#include "ops/allocate.h"
 #include "ops/checks.h"
 #include "ops/cuda_scope.h"
 #include "ops/inputs.h"
@@ -20,7 +21,6 @@ namespace cce {
 namespace {
 
 using torch::headeronly::ScalarType;
-using torch::stable::new_empty;
 using torch::stable::Tensor;
 
 constexpr const char* kOp = CCE_OPERATOR("lce_forward: ");
@@ -54,21 +54,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lce_forward(
   const CudaScope scope(e_in);
   const int64_t n = e_in.size(0), v = c_in.size(0);
   const int64_t tiles = ceil_div(v, kTileColumns);
-  const Tensor nll = new_empty(e_in, {n}, ScalarType::Float);
-  const Tensor lse = new_empty(e_in, {n}, ScalarType::Float);
+  const Tensor nll = allocate(e_in, {n}, ScalarType::Float);
+  const Tensor lse = allocate(e_in, {n}, ScalarType::Float);
   CCE_CHECK(!keep_logits || !(scan || scale || statistics != 0), kOp,
             "keep_logits goes with neither stats, scale nor scan");
   CCE_CHECK(!keep_logits || tiles < kGridRows, kOp, "keep_logits serves a vocabulary of fewer than ",
             kGridRows * kTileColumns, " columns");
-  const Tensor tile_map = keep_logits ? new_empty(e_in, {tiles, n, kCodeWords}, ScalarType::Short)
-                          : need_map  ? new_empty(e_in, {tiles, n}, ScalarType::Short)
-                                      : new_empty(e_in, {0, 0}, ScalarType::Short);
+  const Tensor tile_map = keep_logits ? allocate(e_in, {tiles, n, kCodeWords}, ScalarType::Short)
+                          : need_map  ? allocate(e_in, {tiles, n}, ScalarType::Short)
+                                      : allocate(e_in, {0, 0}, ScalarType::Short);
   if (scan)
     check_scan(*scan, method, eps, need_map, seed, scale.has_value() || statistics != 0 || batch_invariant,
                e_in);
   const bool any = statistics != 0;
-  const Tensor stats = new_empty(e_in, {any ? kStatistics : 0, any ? n : 0}, ScalarType::Float);
-  const Tensor argmax = new_empty(e_in, {(statistics & kArgmax) != 0 ? n : 0}, ScalarType::Long);
+  const Tensor stats = allocate(e_in, {any ? kStatistics : 0, any ? n : 0}, ScalarType::Float);
+  const Tensor argmax = allocate(e_in, {(statistics & kArgmax) != 0 ? n : 0}, ScalarType::Long);
   if (n == 0) return {nll, lse, tile_map, stats, argmax};
 
   const Tensor e = with_vector_rows(e_in);

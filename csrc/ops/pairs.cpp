@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "launch/launch.h"
+#include "ops/allocate.h"
 #include "ops/checks.h"
 #include "ops/cuda_scope.h"
 #include "ops/inputs.h"
@@ -36,9 +37,9 @@ Tensor pair_logits(const Tensor& e_in, const Tensor& c_in, const std::optional<T
   check_pairs(kOp, "targets", e_in, c_in, bias, targets_in, softcap);
   const CudaScope scope(e_in);
   const Tensor e = with_contiguous_rows(e_in), c = with_contiguous_rows(c_in);
-  const Tensor targets = torch::stable::contiguous(targets_in);
+  const Tensor targets = with_contiguous_memory(targets_in);
   const int64_t k = targets.size(1);
-  const Tensor out = torch::stable::new_empty(e, {e.size(0), k}, sums_of(dtype));
+  const Tensor out = allocate(e, {e.size(0), k}, sums_of(dtype));
   PairLogitsParams params{};
   params.in = loss_inputs(dtype, e, c, bias, torch::stable::select(targets, 1, 0), ignore_index, softcap);
   params.targets = targets.const_data_ptr();

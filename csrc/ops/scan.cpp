@@ -21,9 +21,11 @@ void correct_scan(const char* op, const LceForwardParams& params, const int64_t*
   Workspace space;
   constexpr int64_t kRowWords = 4;
   space.add(visits.rows, in.n * kRowWords * word);
+  const int64_t zeros = space.bytes();
   space.add(visits.control, static_cast<int64_t>(sizeof(VisitControl)));
-  space.add(scratch.mask, tiles * plan.words * word);
   space.add(scratch.counts, tiles * word);
+  visits.zeroed_bytes = space.bytes() - zeros;
+  space.add(scratch.mask, tiles * plan.words * word);
   space.add(scratch.order, layout.strips * word);
   space.add(scratch.chunk_begins, 2 * (layout.max_chunks + 1) * word);
   space.add(scratch.pending, layout.max_gates() * word);

@@ -43,6 +43,11 @@ CCE_TORCH_LIBRARY(m) {
   m.def(
       "label_logits(Tensor e, Tensor c, Tensor? bias, Tensor targets, *, "
       "SymInt ignore_index=-100, float? softcap=None, Tensor? scale=None) -> Tensor");
+  // The sum of nll over the tokens that count, or with mean their mean, and how many they are, both scalars
+  // of nll's dtype. nll is 0 where a token does not count.
+  m.def(
+      "reduce_nll(Tensor nll, Tensor targets, *, SymInt ignore_index=-100, bool mean=True) "
+      "-> (Tensor loss, Tensor count)");
   // What several labels a token need beside their log-sum-exp: logits [N, K] of pairs of a token and a label,
   // and what gradients of them add to gradients of e, c and bias. order: the pairs sorted by label.
   m.def(

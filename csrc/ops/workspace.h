@@ -1,11 +1,12 @@
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <cstring>
 #include <vector>
+
+#include "ops/allocate.h"
 
 namespace cce {
 
@@ -21,12 +22,14 @@ class Workspace {
     bytes_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
   }
 
+  // Of all parts so far, which lie in their order: where the next one begins.
+  int64_t bytes() const { return bytes_; }
+
   bool empty() const { return parts_.empty(); }
 
   // On the tensor's device. The parts live as long as what it returns.
   torch::stable::Tensor allocate(const torch::stable::Tensor& like) const {
-    const torch::stable::Tensor memory =
-        torch::stable::new_empty(like, {bytes_}, torch::headeronly::ScalarType::Byte);
+    const torch::stable::Tensor memory = cce::allocate(like, {bytes_}, torch::headeronly::ScalarType::Byte);
     auto* begin = static_cast<unsigned char*>(memory.mutable_data_ptr());
     for (const Part& part : parts_) {
       // The pointers have different types: copied as bytes.

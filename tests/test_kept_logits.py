@@ -1,4 +1,4 @@
-"""Who keeps logits: what a GPU does with them is in test_few_tokens_gpu.py."""
+"""Who keeps logits: what a GPU does with them is in test_kept_logits_gpu.py."""
 
 from __future__ import annotations
 
