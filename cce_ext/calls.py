@@ -12,6 +12,7 @@ from torch import distributed as dist
 
 from . import reference, vocab_parallel
 from .autograd import lce_forward
+from .labels import check_target_range, is_ignored, may_look_at, no_label
 from .ops import autocast_inputs
 from .options import (
     DENSE,
@@ -20,15 +21,13 @@ from .options import (
     Names,
     Options,
     check_generator,
+    check_ignore_index,
     check_inputs,
     check_shift,
     check_softcap,
-    check_target_range,
     check_tensors,
     check_transforms,
     check_weight,
-    is_a,
-    may_look_at,
     may_need_seed,
     resolve_method,
     unwrapped,
@@ -66,6 +65,14 @@ class Call(NamedTuple):
     seed_salt: int
     may_train: bool
 
+    def counts(self, ignore_index: int | None) -> Tensor:
+        """Which tokens do [N]: bool."""
+        if ignore_index is not None or not self.shift:
+            return ~is_ignored(self.labels, ignore_index)
+        have_a_label = self.labels.new_ones(self.shape, dtype=torch.bool)
+        have_a_label[..., -self.shift :] = False
+        return have_a_label.reshape(-1)
+
     def of_positions(self, x: Tensor) -> Tensor:
         """[.., T - shift], on all ranks of a DTensor's, of x [N]."""
         x = x.reshape(self.shape)
@@ -94,8 +101,7 @@ def prepare(
     """
     ignore_index, weight = options.ignore_index, options.weight
     check_tensors(e, c, targets, bias, names)
-    if not is_a(ignore_index, "__index__"):
-        raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
+    check_ignore_index(ignore_index)
     # localize's from_local makes DTensors of what each rank has of the results.
     shard, from_local, seed_salt = None, None, 0
     if options.vocab_parallel_options is not None:
@@ -129,8 +135,8 @@ def prepare(
         more = shared_numbers(targets.numel(), weight) + (0 if soft is None else soft.shared_numbers())
         vocab_parallel.check_rows(shard, c, targets, more, stats, names)
     if shift:
-        # e is not cut: the last positions have no label left, which is what ignore_index says.
-        targets = nn.functional.pad(targets[..., shift:], (0, shift), value=ignore_index)
+        # e is not cut: the last positions have no label left, which is what ignore_index says, and counts without.
+        targets = nn.functional.pad(targets[..., shift:], (0, shift), value=no_label(ignore_index))
         if temperature is not None and temperature.numel() > 1:
             temperature = nn.functional.pad(temperature[..., shift:], (0, shift), value=1.0)
     shape = targets.shape

@@ -192,7 +192,7 @@ struct LceForwardPlan {
   LogitsPlan logits;
   ForwardSplits splits;  // by which the device chooses the runs of columns, for the rows that count
   int blocks;
-  int64_t partials;  // that any number of rows may need
+  int64_t partials;  // that any number of rows that count may need
 };
 
 // batch_invariant: sums of a token are in an order that depends on C alone.
@@ -205,6 +205,10 @@ inline LceForwardPlan plan_lce_forward(const LossInputs& in, const DeviceLimits&
   plan.splits = {column_blocks, limits.multiprocessors, kLogitsRows, plan.logits.cluster > 1, fixed};
   // Fewer rows may have more units.
   plan.blocks = plan.logits.cluster * plan.logits.slots;
+  if (in.all_count()) {
+    plan.partials = in.n * plan.splits.best(in.n);
+    return plan;
+  }
   plan.partials = fixed != 0 ? in.n * fixed : std::min(in.n * column_blocks, std::max(in.n, kMaxPartials));
   return plan;
 }

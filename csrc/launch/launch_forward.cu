@@ -53,11 +53,16 @@ LaunchError launch_lce_forward(const LceForwardParams& p, const LceForwardPlan& 
   const cudaError_t error = cudaSetDevice(device);
   if (error != cudaSuccess) return cuda_error(error);
   const auto on = static_cast<cudaStream_t>(stream);
-  const LiveRowsArguments r = {targets_of(p.in), p.in.ignore_index, static_cast<int>(p.in.n),
-                               plan.splits,      p.live_tokens,     static_cast<LiveCount*>(p.live_count)};
+  const LiveRowsArguments r = {targets_of(p.in),
+                               p.in.ignore_index,
+                               p.in.all_count(),
+                               static_cast<int>(p.in.n),
+                               plan.splits,
+                               p.live_tokens,
+                               static_cast<LiveCount*>(p.live_count)};
   live_rows_kernel<<<1, kLiveThreads, 0, on>>>(r);
   // A scan has its own copy.
-  if (!p.scan.on()) {
+  if (p.live_e != nullptr) {
     if (const LaunchError failed = copy_live_rows(p, on)) return failed;
   }
   // An empty vocabulary, such as a shard may have, has no product: its log-sum-exp is -inf.
