@@ -107,6 +107,13 @@ def test_shift_and_the_module(device):
     assert torch.equal(found.correct, known.is_top1) and torch.equal(found.entropy, known.entropy)
 
 
+def test_an_ignored_class(device):
+    """A token that is ignored is not correct, though its label be the first column."""
+    p = replace(peaked(20, 16, 300, device=device), ignore_index=0)
+    p.targets[:7] = 0
+    assert not stats(p, ignore_index=0, impl="cce_exact").correct[:7].any()
+
+
 def test_of_several_labels_the_heaviest_counts(device):
     p = peaked(40, 16, 300, device=device)
     targets = torch.stack([torch.full_like(p.targets, 7), p.targets], 1)
