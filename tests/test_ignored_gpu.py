@@ -195,9 +195,9 @@ def test_gradients_where_all_count(impl):
     assert all(torch.equal(x, y) for x, y in zip(others, expected[2:], strict=True))
 
 
-@pytest.mark.parametrize("outputs, most", [((), 1.4), (("entropy",), 2.5)], ids=["logprobs", "entropy"])
+@pytest.mark.parametrize("outputs, most", [((), 2.0), (("entropy",), 3.2)], ids=["logprobs", "entropy"])
 def test_scoring_needs_no_copy(outputs, most):
-    """MB besides the outputs, where a copy of e takes 16: partial sums, of each of a token's runs of columns."""
+    """MB besides the outputs, where a copy of e takes 16: up to 1.5 of partial sums of each kind, and numbers of tokens."""
     g = torch.Generator("cuda").manual_seed(0)
     e, c = (torch.randn(n, 1024, generator=g, device="cuda", dtype=torch.bfloat16) for n in (8192, 151936))
     targets = torch.randint(151936, (8192,), generator=g, device="cuda")
