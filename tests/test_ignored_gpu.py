@@ -197,7 +197,7 @@ def test_gradients_where_all_count(impl):
 
 @pytest.mark.parametrize("outputs, most", [((), 2.0), (("entropy",), 3.2)], ids=["logprobs", "entropy"])
 def test_scoring_needs_no_copy(outputs, most):
-    """MB besides the outputs, where a copy of e takes 16: up to 1.5 of partial sums of each kind, and numbers of tokens."""
+    """MB besides the outputs, where a copy of e takes 16: up to 1.5 for each kind of partial sums, and the tokens'."""
     g = torch.Generator("cuda").manual_seed(0)
     e, c = (torch.randn(n, 1024, generator=g, device="cuda", dtype=torch.bfloat16) for n in (8192, 151936))
     targets = torch.randint(151936, (8192,), generator=g, device="cuda")
