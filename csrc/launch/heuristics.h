@@ -205,11 +205,13 @@ inline LceForwardPlan plan_lce_forward(const LossInputs& in, const DeviceLimits&
   plan.splits = {column_blocks, limits.multiprocessors, kLogitsRows, plan.logits.cluster > 1, fixed};
   // Fewer rows may have more units.
   plan.blocks = plan.logits.cluster * plan.logits.slots;
-  if (in.all_count()) {
-    plan.partials = in.n * plan.splits.best(in.n);
-    return plan;
-  }
   plan.partials = fixed != 0 ? in.n * fixed : std::min(in.n * column_blocks, std::max(in.n, kMaxPartials));
+  // Where all rows count the host knows what the device will choose. Of few tokens, which may have many runs,
+  // the search would take it longer than a small kernel.
+  constexpr int kMostSearched = 128;
+  if (in.all_count() && plan.splits.most(in.n) <= kMostSearched) {
+    plan.partials = in.n * plan.splits.best(in.n);
+  }
   return plan;
 }
 
