@@ -1,7 +1,7 @@
 """Cut cross-entropy: the loss layer of large-vocabulary language models, without the logits."""
 
 from . import layers  # kernels looks for layers here
-from .api import LinearCrossEntropy, linear_cross_entropy
+from .api import LinearCrossEntropy, LossStats, linear_cross_entropy
 from .kl import linear_kl
 from .logprobs import LogProbs, linear_logprobs
 from .ops import HAS_CUDA
@@ -17,6 +17,7 @@ __all__ = [
     "LinearCrossEntropy",
     "LinearCrossEntropyImpl",
     "LogProbs",
+    "LossStats",
     "VocabParallelOptions",
     "__version__",
     "compute_z_loss",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, NamedTuple, ParamSpec, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,15 @@ from .calls import loss_of, outputs_of, prepare
 from .ops import register_composite
 from .options import (
     DENSE,
+    ENTROPY,
+    MAXIMUM,
     FilterEps,
     LossOptions,
     Options,
     Scan,
     check_label_smoothing,
     check_reduction,
+    check_return_stats,
     check_softcap,
     check_tensors,
 )
@@ -33,6 +36,28 @@ from .vocab_parallel import VocabParallelOptions
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    Stats = tuple[str, Unpack[tuple[str, ...]]]  # one at least
+
+
+class LossStats(NamedTuple):
+    """What linear_cross_entropy returns with return_stats. What was not asked for is None.
+
+    correct and entropy are of each token, [.., T - shift], and have no gradient. Where the target is ignore_index they
+    are False and 0.
+
+    Attributes:
+        loss: as without return_stats.
+        lse: with return_lse, and as it has it.
+        correct: bool: the target is the first column that has the largest logit; the heaviest one with target_weights.
+            Its mean over the tokens that count is the accuracy.
+        entropy: -sum p log p of the softmax p of the logits, in nats, in the loss's dtype.
+    """
+
+    loss: Tensor
+    lse: Tensor | None
+    correct: Tensor | None
+    entropy: Tensor | None
+
 
 @overload
 def linear_cross_entropy(
@@ -40,13 +65,14 @@ def linear_cross_entropy(
     c: Tensor,
     targets: Tensor,
     bias: Tensor | None = ...,
-    ignore_index: int = ...,
+    ignore_index: int | None = ...,
     softcap: float | None = ...,
     reduction: str = ...,
     shift: bool | int = ...,
     return_lse: Literal[False] = ...,
     *,
     target_weights: Tensor | None = ...,
+    return_stats: tuple[()] = ...,
     **options: Unpack[LossOptions],
 ) -> Tensor: ...
 
@@ -57,13 +83,14 @@ def linear_cross_entropy(
     c: Tensor,
     targets: Tensor,
     bias: Tensor | None = ...,
-    ignore_index: int = ...,
+    ignore_index: int | None = ...,
     softcap: float | None = ...,
     reduction: str = ...,
     shift: bool | int = ...,
     *,
     return_lse: Literal[True],
     target_weights: Tensor | None = ...,
+    return_stats: tuple[()] = ...,
     **options: Unpack[LossOptions],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -74,7 +101,25 @@ def linear_cross_entropy(
     c: Tensor,
     targets: Tensor,
     bias: Tensor | None = ...,
-    ignore_index: int = ...,
+    ignore_index: int | None = ...,
+    softcap: float | None = ...,
+    reduction: str = ...,
+    shift: bool | int = ...,
+    return_lse: bool = ...,
+    *,
+    return_stats: Stats,
+    target_weights: Tensor | None = ...,
+    **options: Unpack[LossOptions],
+) -> LossStats: ...
+
+
+@overload
+def linear_cross_entropy(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = ...,
+    ignore_index: int | None = ...,
     softcap: float | None = ...,
     reduction: str = ...,
     shift: bool | int = ...,
@@ -91,8 +136,9 @@ def linear_cross_entropy(
     label_smoothing: float = ...,
     weight: Tensor | None = ...,
     scan: Scan = ...,
+    return_stats: tuple[str, ...] = ...,
     target_weights: Tensor | None = ...,
-) -> Tensor | tuple[Tensor, Tensor]: ...
+) -> Tensor | tuple[Tensor, Tensor] | LossStats: ...
 
 
 def linear_cross_entropy(
@@ -100,7 +146,7 @@ def linear_cross_entropy(
     c: Tensor,
     targets: Tensor,
     bias: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     softcap: float | None = None,
     reduction: str = "mean",
     shift: bool | int = 0,
@@ -117,8 +163,9 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
     scan: Scan = None,
+    return_stats: tuple[str, ...] = (),
     target_weights: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor] | LossStats:
     """Cross-entropy of the linear classifier e @ c.T + bias, without its logits.
 
     Args:
@@ -126,7 +173,8 @@ def linear_cross_entropy(
         c: classifier [V, D], e's dtype and device (under autocast e, c and bias are cast).
         targets: [..] int32 or int64, in [0, V) or ignore_index; with target_weights [.., K].
         bias: [V] or None.
-        ignore_index: tokens with this target count for nothing: loss and lse 0, no gradient.
+        ignore_index: tokens with this target count for nothing: loss and lse 0, no gradient. None: all tokens count.
+            Nothing is looked for then, and the rows of e that count are not copied on a GPU.
         softcap: logits become softcap * tanh(logits / softcap).
         reduction: "mean" over the tokens that count (NaN if there are none), "sum", or "none".
         shift: the loss of position t uses targets[.., t + shift]; in [0, T), T the targets' last dimension. True is 1.
@@ -160,6 +208,8 @@ def linear_cross_entropy(
             dtype: they are unbiased estimates then, with less noise than rounding the logits to 16 bits has
             (docs/gradient.md). For training with a sampled impl on Hopper, in bf16 or fp16; anything else is an error.
             None computes all logits in e's dtype.
+        return_stats: of "correct" and "entropy", those that are wanted beside the loss, of the same pass over the
+            logits; LossStats says what they are. Not with a scan, whose logits are rounded to 8 bits.
         target_weights: [.., K] of any float dtype, of any sign: what each of a token's K labels counts for. The loss of
             a token is Σ_k target_weights_k (lse - z_k). An entry whose target is ignore_index counts for nothing, and a
             token without others is an ignored one; "mean" divides by the number of tokens that are not, whatever their
@@ -171,7 +221,7 @@ def linear_cross_entropy(
 
     Returns:
         The loss, in fp32 (fp64 for fp64 inputs), a scalar, or [.., T - shift] for "none". With return_lse also
-        lse = log sum exp of the logits, [.., T - shift], same dtype.
+        lse = log sum exp of the logits, [.., T - shift], same dtype. With return_stats LossStats, a named tuple of all.
 
     Raises:
         TypeError: a dtype that is not supported or differs from e's.
@@ -200,9 +250,13 @@ def linear_cross_entropy(
         label_smoothing=label_smoothing,
         weight=weight,
         scan=scan,
+        return_stats=return_stats,
     )
-    loss, lse = _loss_and_lse(e, c, targets, bias, options, target_weights)
-    return (loss, lse) if return_lse else loss
+    found = _computed(e, c, targets, bias, options, target_weights)
+    if return_stats:
+        return found
+    loss, lse, *_ = found
+    return loss if lse is None else (loss, lse)
 
 
 _P = ParamSpec("_P")
@@ -253,14 +307,14 @@ class LinearCrossEntropy(nn.Module):
         targets: Tensor,
         bias: Tensor | None = None,
         target_weights: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, Tensor] | LossStats:
         """e [.., D], c [V, D], targets [..], bias [V]: returns and raises as linear_cross_entropy.
 
         With target_weights, they and targets are [.., K]. Where no gradient is computed scan is left out: a loss that
         is not trained by has its logits in e's dtype.
         """
         options = {**self.options, "weight": self.weight, "target_weights": target_weights}
-        out: Tensor | tuple[Tensor, Tensor] = module_loss(e, c, targets, bias, **options)
+        out: Tensor | tuple[Tensor, Tensor] | LossStats = module_loss(e, c, targets, bias, **options)
         return out
 
     def extra_repr(self) -> str:
@@ -281,51 +335,57 @@ def module_loss(
     return linear_cross_entropy(e, c, targets, bias, scan=scan_in_training(scan, e, c, bias), **options)
 
 
-def _loss_and_lse(
+def _computed(
     e: Tensor,
     c: Tensor,
     targets: Tensor,
     bias: Tensor | None,
     options: Options,
     target_weights: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The second is the lse in its shape only with return_lse."""
+) -> LossStats:
     softcap, s = options.softcap, options.label_smoothing
     check_reduction(options.reduction, options.mean_group)
     check_softcap(softcap)
     check_label_smoothing(s, softcap)
+    check_return_stats(options.return_stats)
     check_scan(options)
     check_tensors(e, c, targets, bias)
     soft_targets.check(e, targets, target_weights, options)
     shared_numbers = functools.partial(smoothing.shared_numbers, s=s)
-    call = prepare(e, c, targets, bias, options, target_weights=target_weights, shared_numbers=shared_numbers)
-    plain = loss_of(call, options)
+    stats = sum(bit for name, bit in (("correct", MAXIMUM), ("entropy", ENTROPY)) if name in options.return_stats)
+    more: Any = {"target_weights": target_weights, "shared_numbers": shared_numbers, "stats": stats}
+    call = prepare(e, c, targets, bias, options, **more)
+    plain = None if stats else loss_of(call, options)
     if plain is not None:
         loss, lse = plain
-        return loss, call.of_positions(lse) if options.return_lse else lse
+        return LossStats(loss, call.of_positions(lse) if options.return_lse else None, None, None)
     weight, labels, ignore_index = call.weight, call.labels, options.ignore_index
-    counts: Any = labels != ignore_index if weight is not None or s else None
+    counts: Any = call.counts(ignore_index) if weight is not None or s else None
     logits = None
     if s:
         dense = options.impl in DENSE
         rows, classes, logits = smoothing.with_weighted_logits(call.e, call.c, call.bias, weight, counts, dense)
         call = call._replace(e=rows, c=classes)
-    nll, lse, *_, z = outputs_of(call, options, softcap=softcap)
+    nll, lse, rows, argmax, z = outputs_of(call, options, softcap=softcap, stats=stats)
+    correct = (argmax == labels) & call.counts(ignore_index) if stats & MAXIMUM else None
+    entropy = rows[0].detach() if stats & ENTROPY else None
     if weight is not None or s:
         nll, counts = smoothing.smoothed(nll, lse, logits, labels, counts, weight, s, len(call.c), call.shard)
     if call.soft is not None:
         nll = call.soft.loss(nll, lse, z, len(call.c), call.shard)
 
-    if options.return_lse:
-        lse = call.of_positions(lse)
     if options.reduction != "mean":
         counts = None
     elif counts is None:
-        counts = labels != ignore_index
-    # A sum over plain tensors asks for no shape, and what shift leaves without a label adds 0 to it.
-    if options.reduction == "none" or call.from_local is not None:
+        counts = call.counts(ignore_index)
+    # A sum over plain tensors asks for no shape, and what shift leaves without a label adds 0 to it, where such is
+    # ignored.
+    has_others = bool(call.shift) and ignore_index is None
+    if options.reduction == "none" or call.from_local is not None or has_others:
         nll, counts = call.of_positions(nll), None if counts is None else call.of_positions(counts)
-    return reduce_tokens(nll, counts, options.reduction, options.mean_group), lse
+    loss = reduce_tokens(nll, counts, options.reduction, options.mean_group)
+    of_tokens = (lse if options.return_lse else None, correct, entropy)
+    return LossStats(loss, *(None if x is None else call.of_positions(x) for x in of_tokens))
 
 
 _OPERATOR_OPTIONS = [x.name for x in ops.linear_cross_entropy.default._schema.arguments][4:]
@@ -339,7 +399,7 @@ def _operator(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None = None,
     given = dict(zip(_OPERATOR_OPTIONS, args, strict=False))
     if given.get("filter_eps") == -1.0:
         given["filter_eps"] = "auto"
-    return _loss_and_lse(e, c, targets, bias, Options(**given))[0]
+    return _computed(e, c, targets, bias, Options(**given)).loss
 
 
 register_composite("linear_cross_entropy", _operator)

@@ -13,6 +13,7 @@ from torch import distributed as dist
 from . import reference, vocab_parallel
 from .autograd import lce_forward, lce_loss
 from .few_tokens import keeps_logits
+from .labels import check_target_range, is_ignored, may_look_at, no_label
 from .ops import autocast_inputs
 from .options import (
     DENSE,
@@ -22,15 +23,13 @@ from .options import (
     Names,
     Options,
     check_generator,
+    check_ignore_index,
     check_inputs,
     check_shift,
     check_softcap,
-    check_target_range,
     check_tensors,
     check_transforms,
     check_weight,
-    is_a,
-    may_look_at,
     may_need_seed,
     resolve_method,
     unwrapped,
@@ -68,6 +67,14 @@ class Call(NamedTuple):
     seed_salt: int
     may_train: bool
 
+    def counts(self, ignore_index: int | None) -> Tensor:
+        """Which tokens do [N]: bool."""
+        if ignore_index is not None or not self.shift:
+            return ~is_ignored(self.labels, ignore_index)
+        have_a_label = self.labels.new_ones(self.shape, dtype=torch.bool)
+        have_a_label[..., -self.shift :] = False
+        return have_a_label.reshape(-1)
+
     def of_positions(self, x: Tensor) -> Tensor:
         """[.., T - shift], on all ranks of a DTensor's, of x [N]."""
         x = x.reshape(self.shape)
@@ -96,8 +103,7 @@ def prepare(
     """
     ignore_index, weight = options.ignore_index, options.weight
     check_tensors(e, c, targets, bias, names)
-    if not is_a(ignore_index, "__index__"):
-        raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
+    check_ignore_index(ignore_index)
     # localize's from_local makes DTensors of what each rank has of the results.
     shard, from_local, seed_salt = None, None, 0
     if options.vocab_parallel_options is not None:
@@ -131,8 +137,8 @@ def prepare(
         more = shared_numbers(targets.numel(), weight) + (0 if soft is None else soft.shared_numbers())
         vocab_parallel.check_rows(shard, c, targets, more, stats, names)
     if shift:
-        # e is not cut: the last positions have no label left, which is what ignore_index says.
-        targets = nn.functional.pad(targets[..., shift:], (0, shift), value=ignore_index)
+        # e is not cut: the last positions have no label left, which is what ignore_index says, and counts without.
+        targets = nn.functional.pad(targets[..., shift:], (0, shift), value=no_label(ignore_index))
         if temperature is not None and temperature.numel() > 1:
             temperature = nn.functional.pad(temperature[..., shift:], (0, shift), value=1.0)
     shape = targets.shape
@@ -195,6 +201,7 @@ def loss_of(call: Call, options: Options) -> tuple[Tensor, Tensor] | None:
     more = (options.mean_group, call.weight, call.soft, call.shard, call.from_local)
     if (
         options.reduction == "none"
+        or options.ignore_index is None
         or options.impl in DENSE
         or options.label_smoothing
         or any(x is not None for x in more)

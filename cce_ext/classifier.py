@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .labels import is_ignored
 from .sampling import TILE_COLUMNS, num_tiles
 
 # Logits held at a time: on a CPU what its last-level cache keeps, elsewhere what fills the device. Blocks are of so
@@ -77,7 +78,7 @@ def label_logits(
     c: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    ignore_index: int,
+    ignore_index: int | None,
     softcap: float | None,
     scale: Tensor | None = None,
     batch_invariant: bool = False,
@@ -88,7 +89,7 @@ def label_logits(
     y = torch.where(inside, targets, 0).long()
     z = torch.empty(len(e), dtype=acc, device=e.device)
     if len(c) == 0:
-        return z.fill_(float("nan")).masked_fill_(targets == ignore_index, 0.0)
+        return z.fill_(float("nan")).masked_fill_(is_ignored(targets, ignore_index), 0.0)
     step = INVARIANT_ROWS if batch_invariant else max(1, block_logits(e) // max(1, e.shape[1]))
     for i in range(0, len(e), step):
         rows = slice(i, i + step)
@@ -102,7 +103,7 @@ def label_logits(
         z.div_(softcap).tanh_().mul_(softcap)
     if scale is not None:
         z *= scale
-    return z.masked_fill_(~inside, float("nan")).masked_fill_(targets == ignore_index, 0.0)
+    return z.masked_fill_(~inside, float("nan")).masked_fill_(is_ignored(targets, ignore_index), 0.0)
 
 
 def row_blocks(n: int) -> Iterator[slice]:

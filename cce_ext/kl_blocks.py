@@ -195,7 +195,7 @@ class _Online:
 
 def _jsd(blocks: _Blocks, beta: float) -> Divergence:
     lse, teacher_lse = blocks.student.lse().to(blocks.dtype), blocks.teacher.lse().to(blocks.dtype)
-    of_student, of_teacher = torch.zeros_like(lse), torch.zeros_like(lse)
+    of_student, of_teacher, mass = (torch.zeros_like(lse) for _ in range(3))
     for rows in blocks.rows():
         for columns in blocks.columns():
             log_p, log_q = blocks.logits(rows, columns)
@@ -205,7 +205,12 @@ def _jsd(blocks: _Blocks, beta: float) -> Divergence:
             above_p = distance.clamp(min=0).add_(above_larger)
             above_q = distance.neg_().clamp_(min=0).add_(above_larger)
             of_teacher[rows] -= blocks.weighed(log_q.exp_(), above_q).sum(1)
-            of_student[rows] -= blocks.weighed(log_p.exp_(), above_p).sum(1)
+            p = log_p.exp_()
+            mass[rows] += p.sum(1)
+            of_student[rows] -= blocks.weighed(p, above_p).sum(1)
+    # A rounded lse has p add up to 1 + d. Far from the teacher log p - log r is nearly the same wherever p is, and the
+    # gradient what it is less its mean: d of it would be most of that.
+    of_student /= mass
     return Divergence(beta * of_teacher + (1 - beta) * of_student, lse, teacher_lse, of_student)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .calls import Call, outputs_of, prepare
 from .classifier import accumulate_dtype
+from .labels import may_look_at
 from .ops import register_composite
 from .options import (
     DENSE,
@@ -23,7 +24,6 @@ from .options import (
     check_softcap,
     check_tensors,
     is_a,
-    may_look_at,
     unwrapped,
 )
 from .vocab_parallel import VocabParallelOptions
@@ -74,7 +74,7 @@ def linear_logprobs(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     shift: bool | int = 0,
     outputs: Collection[str] = ("entropy",),
     impl: str = "cce",
@@ -98,7 +98,8 @@ def linear_logprobs(
             where one is not positive the token's results mean nothing.
         softcap: a positive number or None.
         logit_scale: a positive number.
-        ignore_index: tokens with this target have 0 everywhere, and no gradient.
+        ignore_index: tokens with this target have 0 everywhere, and no gradient. None: all tokens count. Nothing is
+            looked for then, and the rows of hidden that count are not copied on a GPU.
         shift: as in linear_cross_entropy: position t has targets[.., t + shift]. True is 1.
         outputs: of "entropy", "is_top1", "log_sum_sq_probs", "mean_logits" and "max_logprob", those that are wanted
             beside logprobs and lse. The others cost nothing.
@@ -164,7 +165,7 @@ def linear_logprobs(
         if name in outputs:
             found[name] = rows[i] if name == "entropy" else rows[i].detach()
     if "is_top1" in outputs:
-        found["is_top1"] = (argmax == call.labels) & (call.labels != ignore_index)
+        found["is_top1"] = (argmax == call.labels) & call.counts(ignore_index)
     if "max_logprob" in outputs:
         found["max_logprob"] = (rows[3] - lse).detach()
     shaped = {name: call.of_positions(x) for name, x in found.items()}
@@ -207,12 +208,12 @@ def _check_temperature(temperature: Tensor, targets: Tensor) -> None:
         )
 
 
-def _scale(call: Call, factor: float | None, logit_scale: float, ignore_index: int) -> Tensor | None:
+def _scale(call: Call, factor: float | None, logit_scale: float, ignore_index: int | None) -> Tensor | None:
     """What multiplies the logits of each token [N], None for 1. factor: it where the temperature is no tensor."""
     dtype, n = accumulate_dtype(call.e), call.labels.shape[0]
     if factor is not None:
         return None if factor == 1.0 else call.e.new_full((n,), factor, dtype=dtype)
-    temperature, ignored = call.temperature, call.labels == ignore_index
+    temperature, ignored = call.temperature, ~call.counts(ignore_index)
     assert temperature is not None
     if temperature.device != call.e.device:
         raise ValueError(f"temperature: expected {call.e.device} like hidden, got {temperature.device}")

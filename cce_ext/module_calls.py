@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 
 @contextlib.contextmanager
-def forward_replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """module(..) runs this forward meanwhile, between the module's hooks."""
     own = module.__dict__.get("forward")
     module.forward = forward

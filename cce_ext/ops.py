@@ -20,15 +20,8 @@ from torch import Tensor
 from . import autograd, portable
 from ._ops import add_op_namespace_prefix, ops
 from .classifier import accumulate_dtype, label_logits
-from .options import (
-    MAXIMUM,
-    STATS_ROWS,
-    KernelOptions,
-    check_inputs,
-    check_of_tokens,
-    check_target_range,
-    may_look_at,
-)
+from .labels import check_target_range, may_look_at
+from .options import MAXIMUM, STATS_ROWS, KernelOptions, check_inputs, check_of_tokens
 from .sampling import CODE_WORDS, num_tiles
 from .scan import check_scan_kernel, refuse_scan
 

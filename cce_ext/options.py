@@ -6,7 +6,6 @@ Every error names the argument and what it was.
 from __future__ import annotations
 
 import enum
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypedDict
 
@@ -33,6 +32,9 @@ FilterEps = float | Literal["auto", "high"] | None
 Scan = Literal["fp8"] | None
 
 DEFAULT_SAMPLING_EPS = 2.0**-8
+
+# The statistics of a loss.
+RETURN_STATS = ("correct", "entropy")
 
 # What lce_forward's stats are made of, by bits: csrc/ops/schema.cpp. The rows of its output are in this order.
 ENTROPY, LOG_SUM_SQ_PROBS, MEAN_LOGITS, MAXIMUM = 1, 2, 4, 8
@@ -80,7 +82,7 @@ class Options:
     Nothing is checked until check().
     """
 
-    ignore_index: int = -100
+    ignore_index: int | None = -100
     softcap: float | None = None
     reduction: str = "mean"
     shift: bool | int = 0
@@ -97,10 +99,13 @@ class Options:
     label_smoothing: float = 0.0
     weight: Tensor | None = None
     scan: Scan = None
+    return_stats: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raises ValueError and TypeError for options that no call could take."""
+        check_ignore_index(self.ignore_index)
         check_reduction(self.reduction, self.mean_group)
+        check_return_stats(self.return_stats)
         check_generator(self.generator)
         check_softcap(self.softcap)
         check_label_smoothing(self.label_smoothing, self.softcap)
@@ -146,7 +151,7 @@ class KernelOptions:
     PyTorch leaves a keyword out where it has its schema's default, so that a kernel in Python needs them as well.
     """
 
-    ignore_index: int = -100
+    ignore_index: int | None = -100
     softcap: float | None = None
     method: str = "sampled"
     eps: float = DEFAULT_SAMPLING_EPS
@@ -246,6 +251,16 @@ def check_generator(generator: torch.Generator | None, device: torch.device | No
     # A CUDA generator without a number is the current device's, and randint checks that.
     if device is not None and generator.device.type != device.type:
         raise ValueError(f"generator: expected one of e's device, {device}, got one of {generator.device}")
+
+
+def check_return_stats(return_stats: tuple[str, ...]) -> None:
+    """Raises TypeError for what is no tuple, ValueError for a name that is not in RETURN_STATS."""
+    expected = ", ".join(RETURN_STATS)
+    if not isinstance(return_stats, (tuple, list)):
+        raise TypeError(f"return_stats: expected a tuple of some of {expected}, got {return_stats!r}")
+    for name in return_stats:
+        if name not in RETURN_STATS:
+            raise ValueError(f"return_stats: expected some of {expected}, got {name!r}")
 
 
 def check_reduction(reduction: str, mean_group: dist.ProcessGroup | None = None) -> None:
@@ -422,19 +437,10 @@ def check_shift(shift: int, targets: Tensor) -> int:
     return shift
 
 
-def may_look_at(targets: Tensor) -> bool:
-    """Where looking at the targets costs no wait for a device, or where CCE_DEBUG=1 asks for it."""
-    return targets.device.type == "cpu" or os.environ.get("CCE_DEBUG") == "1"
-
-
-def check_target_range(targets: Tensor, v: int, ignore_index: int) -> None:
-    """Raises IndexError that names the first target outside [0, V). Waits for the device."""
-    bad = ((targets < 0) | (targets >= v)) & (targets != ignore_index)
-    if bool(bad.any()):
-        at = int(bad.int().argmax())
-        raise IndexError(
-            f"targets: {int(targets[at])} at flat position {at}: not in [0, {v}), nor ignore_index ({ignore_index})"
-        )
+def check_ignore_index(ignore_index: int | None) -> None:
+    """Raises TypeError for one that is neither an integer nor None."""
+    if ignore_index is not None and not is_a(ignore_index, "__index__"):
+        raise TypeError(f"ignore_index: expected an integer or None, got {ignore_index!r}")
 
 
 def _shape(x: Tensor) -> list[int]:

@@ -12,8 +12,9 @@ from torch import Tensor
 from ._ops import add_op_namespace_prefix, ops
 from .autograd import AUTOCAST_KEYS, with_pair_logits
 from .classifier import accumulate_dtype, block_logits
+from .labels import check_target_range, may_look_at
 from .ops import HAS_CUDA, autocast_inputs, refuse_cuda, without_autocast
-from .options import check_inputs, check_softcap, check_target_range, may_look_at
+from .options import check_inputs, check_softcap
 
 __all__ = ["with_pair_logits"]
 

@@ -24,6 +24,7 @@ from .classifier import (
     take,
 )
 from .control_variate import ControlVariate, remainders
+from .labels import is_ignored
 from .options import MAXIMUM, STATS_ROWS, KernelOptions
 from .sampling import (
     CHAIN_TILES,
@@ -70,7 +71,7 @@ def lce_forward(
     statistics = torch.zeros((STATS_ROWS, n) if stats else (0, 0), dtype=acc, device=e.device)
     argmax = torch.zeros(n if stats & MAXIMUM else 0, dtype=torch.int64, device=e.device)
 
-    ignored = targets == options.ignore_index
+    ignored = is_ignored(targets, options.ignore_index)
     live = live_rows(~ignored)
     count = n if live is None else len(live)
     reference = label.nan_to_num(nan=0.0)
@@ -129,7 +130,7 @@ def lce_backward(
     """
     acc = accumulate_dtype(e)
     # Masked, not multiplied: what flows into an ignored token may be anything, NaN as well. Its p is 0.
-    ignored = targets == options.ignore_index
+    ignored = is_ignored(targets, options.ignore_index)
     lse = lse.masked_fill(ignored, float("inf"))
     b = torch.zeros_like(lse) if g_nll is None else g_nll.to(acc).masked_fill(ignored, 0.0)
     a = b if g_lse is None else b + g_lse.to(acc).masked_fill(ignored, 0.0)

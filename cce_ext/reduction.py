@@ -9,6 +9,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from . import vocab_parallel
+from .labels import is_ignored
 from .options import check_reduction, check_shift, check_tensor
 
 
@@ -16,7 +17,7 @@ def compute_z_loss(
     lse: Tensor,
     targets: Tensor | None = None,
     shift: bool | int = 0,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     reduction: str = "mean",
     mean_group: dist.ProcessGroup | None = None,
 ) -> Tensor:
@@ -54,7 +55,7 @@ def compute_z_loss(
             raise ValueError(
                 f"targets: after shift={shift} expected lse's shape {list(lse.shape)}, got {list(targets.shape)}"
             )
-        counts = targets != ignore_index
+        counts = ~is_ignored(targets, ignore_index)
         if is_dtensor(lse) and not is_dtensor(counts):
             from .distributed import like
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .labels import is_ignored
 from .options import ENTROPY, LOG_SUM_SQ_PROBS, MAXIMUM, MEAN_LOGITS, STATS_ROWS
 from .tile_sums import LOWEST_LOG
 
@@ -14,7 +15,7 @@ def forward(
     c: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Per-token nll and lse, differentiable by autograd.
@@ -31,7 +32,7 @@ def with_statistics(
     c: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    ignore_index: int,
+    ignore_index: int | None,
     softcap: float | None,
     scale: Tensor | None,
     stats: int,
@@ -49,7 +50,7 @@ def with_statistics(
     if scale is not None:
         logits = scale[:, None] * logits
     lse = logits.logsumexp(1)
-    ignored = targets == ignore_index
+    ignored = is_ignored(targets, ignore_index)
     inside = (targets >= 0) & (targets < c.shape[0])
     label = logits.gather(1, torch.where(inside, targets, 0).long()[:, None]).squeeze(1)
     label = label.masked_fill(~inside, float("nan"))

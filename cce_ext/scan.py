@@ -24,6 +24,11 @@ def check_scan(options: Options) -> None:
             f"impl={options.impl!r}, filter_eps={options.filter_eps!r}, filter_e_grad={options.filter_e_grad}, "
             f"filter_c_grad={options.filter_c_grad}"
         )
+    if options.return_stats:
+        raise ValueError(
+            f"return_stats: expected () with scan={options.scan!r}, got {options.return_stats!r}: of logits of 8 bits "
+            "the loss and the lse are corrected by what is visited, which says nothing of a maximum and an entropy"
+        )
 
 
 def check_scan_call(scan: str, e: Tensor, may_train: bool) -> None:

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .options import Options, check_tensor, may_look_at
+from .labels import is_ignored, may_look_at, no_label
+from .options import Options, check_tensor
 from .reduction import is_dtensor
 from .vocab_parallel import VocabShard, sum_over_ranks
 
@@ -74,11 +75,11 @@ class SoftTargets:
     weights: Tensor
     labels: Tensor
     place: Tensor
-    ignore_index: int
+    ignore_index: int | None
 
     @classmethod
-    def of(cls, targets: Tensor, weights: Tensor, ignore_index: int) -> SoftTargets:
-        ignored = targets == ignore_index
+    def of(cls, targets: Tensor, weights: Tensor, ignore_index: int | None) -> SoftTargets:
+        ignored = is_ignored(targets, ignore_index)
         weights = weights.masked_fill(ignored, 0.0)
         # Below every weight that an entry may have.
         least = torch.finfo(weights.dtype).min
@@ -93,14 +94,14 @@ class SoftTargets:
                 x = nn.functional.pad(x[..., shift:, :], (0, 0, 0, shift), value=value)
             return x.reshape(-1, x.shape[-1])
 
-        targets, place = moved(self.targets, self.ignore_index), moved(self.place, 0)
+        targets, place = moved(self.targets, no_label(self.ignore_index)), moved(self.place, 0)
         return SoftTargets(targets, moved(self.weights, 0.0), targets.gather(1, place)[:, 0], place, self.ignore_index)
 
     # What follows is of flat ones: [N, K].
 
     def counts(self) -> Tensor:
         """Entries that are not ignored."""
-        return self.targets != self.ignore_index
+        return ~is_ignored(self.targets, self.ignore_index)
 
     def pairs(self, v: int, shard: VocabShard | None) -> Tensor | None:
         """The labels whose logits are wanted beside the heaviest's, int32 [N, K]; None for K = 1.

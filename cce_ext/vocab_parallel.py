@@ -16,16 +16,8 @@ from torch import distributed as dist
 
 from ._ops import ops
 from .autograd import OF_FORWARD, gradients
-from .options import (
-    ENTROPY,
-    LOG_SUM_SQ_PROBS,
-    MAXIMUM,
-    MEAN_LOGITS,
-    NAMES,
-    STATS_ROWS,
-    Names,
-    may_look_at,
-)
+from .labels import may_look_at
+from .options import ENTROPY, LOG_SUM_SQ_PROBS, MAXIMUM, MEAN_LOGITS, NAMES, STATS_ROWS, Names
 
 # What a shard's kernels know an ignored token by: the caller's ignore_index, less start, could be one of its rows.
 _IGNORED = -1
@@ -147,12 +139,13 @@ def lce_forward(
     targets: Tensor,
     seed: Tensor | None,
     *,
-    ignore_index: int,
+    ignore_index: int | None,
     scale: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """nll, lse [N], stats and argmax over the whole vocabulary: cce::lce_forward of the shard, and one collective."""
     labels, mine = _local_labels(shard, targets, ignore_index)
+    options["ignore_index"] = _local_ignore_index(ignore_index)
     return _differentiable(e, c, bias, labels, mine, seed, targets, scale, shard, options)
 
 
@@ -163,7 +156,7 @@ def dense_forward(
     c: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    ignore_index: int,
+    ignore_index: int | None,
     softcap: float | None,
     scale: Tensor | None,
     stats: int,
@@ -171,7 +164,8 @@ def dense_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """The same of reference.with_statistics, eager or compiled. What that gives of pairs stays this shard's."""
     labels, mine = _local_labels(shard, targets, ignore_index)
-    nll, lse, rows, argmax, z = forward(e, c, bias, labels, _IGNORED, softcap, scale, stats, pairs)
+    ignored = _local_ignore_index(ignore_index)
+    nll, lse, rows, argmax, z = forward(e, c, bias, labels, ignored, softcap, scale, stats, pairs)
     own = _with_rows(shard, lse, lse - nll, rows, argmax, stats, len(c))
     return *_combine(shard, own, stats, labels, mine, targets), z
 
@@ -190,7 +184,11 @@ def mean_count(count: Tensor, group: dist.ProcessGroup) -> Tensor:
     return all_reduce(count, group.group_name) / dist.get_world_size(group)
 
 
-def _local_labels(shard: VocabShard, targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def _local_ignore_index(ignore_index: int | None) -> int | None:
+    return None if ignore_index is None else _IGNORED
+
+
+def _local_labels(shard: VocabShard, targets: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:
     """Labels as rows of this shard, and whether they are its own (of ignored tokens that means nothing).
 
     A token whose label is elsewhere gets one of this shard's rows: what the tile map is relative to, and a tile that is
@@ -199,7 +197,7 @@ def _local_labels(shard: VocabShard, targets: Tensor, ignore_index: int) -> tupl
     mine = (targets >= shard.start) & (targets < shard.stop)
     stand_in = torch.arange(len(targets), dtype=targets.dtype, device=targets.device) % (shard.stop - shard.start)
     labels = torch.where(mine, targets - shard.start, stand_in)
-    return labels.masked_fill(targets == ignore_index, _IGNORED), mine
+    return (labels if ignore_index is None else labels.masked_fill(targets == ignore_index, _IGNORED)), mine
 
 
 def _stats_numbers(stats: int) -> int:
@@ -306,9 +304,7 @@ class _LceForward(torch.autograd.Function):
         options: dict[str, Any],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         stats = options.get("stats", 0)
-        nll, lse, tile_map, rows, argmax = ops.lce_forward(
-            *(e, c, bias, labels, seed), ignore_index=_IGNORED, scale=scale, **options
-        )
+        nll, lse, tile_map, rows, argmax = ops.lce_forward(*(e, c, bias, labels, seed), scale=scale, **options)
         reference = lse - nll
         own = _with_rows(shard, lse, reference, rows, argmax, stats, len(c))
         nll, lse, rows, argmax = _combine(shard, own, stats, labels, mine, targets)
@@ -338,7 +334,7 @@ class _LceForward(torch.autograd.Function):
             (g_nll, g_lse, g_entropy),
             (e, c, bias, labels, relative, lse, tile_map, entropy, seed),
             scale,
-            {"ignore_index": _IGNORED, **ctx.options},
+            ctx.options,
             ctx.needs_input_grad[:3],
         )
         return d_e, d_c, d_bias, None, None, None, None, None, None, None

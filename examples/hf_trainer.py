@@ -3,8 +3,9 @@
     pip install ".[transformers]"
     python examples/hf_trainer.py
 
-Nothing is downloaded. The line to look for is `cce_patch(model)`: all the rest is an ordinary run of the Trainer. At
-the end the model is unpatched, and the loss that it computes itself, from logits, is printed beside ours.
+Nothing is downloaded. The line to look for is `cce_patch(model, ..)`: all the rest is an ordinary run of the Trainer,
+which logs the tokens' accuracy too. At the end the model is unpatched, and the loss that it computes itself, from
+logits, is printed beside ours.
 examples/train_hf.py is the same with everything: pretrained models, instructions, checkpoints, several GPUs.
 """
 
@@ -30,6 +31,16 @@ def load_text() -> tuple[torch.Tensor, int]:
     return tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT), len(numbers)
 
 
+class AccuracyTrainer(Trainer):
+    """The Trainer, which logs the accuracy and the entropy of the tokens too."""
+
+    def log(self, logs: dict[str, float], *args: object) -> None:
+        stats = getattr(self.model, "cce_stats", None)  # unpatched it has none
+        if stats is not None:
+            stats.add_to_logs(logs)
+        super().log(logs, *args)
+
+
 def main() -> None:
     set_seed(0)
     windows, vocab = load_text()
@@ -37,14 +48,15 @@ def main() -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=vocab, max_position_embeddings=CONTEXT, **sizes))
 
-    cce_patch(model)  # where it is given labels, its loss is linear_cross_entropy's from here on
+    # Where it is given labels, its loss is linear_cross_entropy's from here on. stats: for AccuracyTrainer.
+    cce_patch(model, stats=True)
 
     on_gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(folder, max_steps=60, learning_rate=3e-3, logging_steps=20)
         arguments.set_save("no").set_dataloader(train_batch_size=8, pin_memory=on_gpu)
         arguments.bf16, arguments.disable_tqdm, arguments.report_to = on_gpu, True, []
-        trainer = Trainer(model, arguments, train_dataset=rows[8:], eval_dataset=rows[:8])
+        trainer = AccuracyTrainer(model, arguments, train_dataset=rows[8:], eval_dataset=rows[:8])
         trainer.train()
         ours = trainer.evaluate()["eval_loss"]
         cce_unpatch(model)

@@ -257,10 +257,16 @@ def parse_args() -> argparse.Namespace:
 
 
 class TokenMeanTrainer(transformers.Trainer):
-    """The Trainer, but for its held-out loss: the mean over the tokens that count.
+    """The Trainer, but for its held-out loss: the mean over the tokens that count. Logs their accuracy and entropy.
 
     The Trainer's own is a mean of the batches' means, which moves with --batch where prompts have no loss.
     """
+
+    def log(self, logs: dict[str, float], *args: object) -> None:
+        stats = getattr(self.model, "cce_stats", None)  # the baseline has none
+        if stats is not None:
+            stats.add_to_logs(logs, torch.distributed.group.WORLD if torch.distributed.is_initialized() else None)
+        super().log(logs, *args)
 
     @functools.cached_property
     def tokens_a_row(self) -> float:
@@ -293,7 +299,7 @@ def main() -> int:
     if args.checkpointing:
         model.gradient_checkpointing_enable()
     if args.impl != "baseline":
-        cce_patch(model, impl=args.impl, scan=args.scan)
+        cce_patch(model, impl=args.impl, scan=args.scan, stats=args.scan is None)
     trainer = TokenMeanTrainer(
         model,
         arguments,

@@ -43,9 +43,13 @@ def soft_targets_are_right(x: dict[str, Any]) -> bool:
     tail = ((p * of_top).sum(-1) - x["tail"] * student_tail).mean()
     for got, expected in ((x["loss"], plain), (x["with_tail"], tail)):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-    d_hidden, d_weight = torch.autograd.grad(plain + tail, (x["hidden"], x["weight"]))
-    for got, expected in ((x["hidden"].grad, d_hidden), (x["weight"].grad, d_weight)):
+    inputs = (x["hidden"], x["weight"])
+    of_tail = torch.autograd.grad(tail, inputs, retain_graph=True)
+    d_hidden, d_weight = torch.autograd.grad(plain + tail, inputs)
+    found = zip((*x["gradients"], x["hidden"].grad, x["weight"].grad), (*of_tail, d_hidden, d_weight), strict=True)
+    for got, expected in found:
         assert (got - expected).norm() < 0.1 * expected.norm()
+    torch.testing.assert_close(x["in_one_pass"], tail, rtol=1e-4, atol=1e-4)
     answers = torch.stack([nll[0, [3, 17]].mean(), nll[1, 8], nll[2, 5:8].mean()]).mean()
     torch.testing.assert_close(x["mean_of_answers"], answers, rtol=1e-4, atol=1e-4)
     rows, tokens = nll.view(4, 16, -1), x["tokens"]

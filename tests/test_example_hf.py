@@ -43,18 +43,26 @@ def logged(folder: Path) -> list[float]:
     return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
 
 
+def accuracies(folder: Path) -> list[float]:
+    """Of each log of training, and of evaluation."""
+    state = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())
+    names = ("token_accuracy", "eval_token_accuracy")
+    return [entry[name] for name in names for entry in state["log_history"] if name in entry]
+
+
 def test_text_checkpoints_and_resume(train, tmp_path, monkeypatch):
     """An interrupted run goes on as the uninterrupted one, and as the unpatched model's."""
     from cce_ext import transformers as patching
 
     impls, patch = [], patching.cce_patch
     monkeypatch.setattr(
-        patching, "cce_patch", lambda model, impl, scan: [impls.append(impl), patch(model, impl, scan=scan)]
+        patching, "cce_patch", lambda model, impl, **options: [impls.append(impl), patch(model, impl, **options)]
     )
     code, printed = train("--text", ARGPARSE, "--impl", "cce_exact")
     assert code == 0, printed
     loss, losses = held_out_loss(printed), logged(tmp_path / "out")
     assert len(losses) == 4
+    assert len(accuracies(tmp_path / "out")) == 5 and all(0 <= x < 0.5 for x in accuracies(tmp_path / "out"))
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
         path.name for path in (tmp_path / "out").iterdir()
     }
@@ -83,6 +91,7 @@ def test_two_processes_train_as_one(train, tmp_path):
     environment = {"PROCESSES": "2", "OUT": str(tmp_path / "two")}
     two = output_of("bash", str(EXAMPLES / "train_hf.sh"), *options, **environment)
     assert logged(tmp_path / "two" / "llama") == pytest.approx(logged(tmp_path / "out"), rel=1e-3)
+    assert accuracies(tmp_path / "two" / "llama") == pytest.approx(accuracies(tmp_path / "out"), abs=0.02)
     assert held_out_loss(two) == pytest.approx(held_out_loss(printed), abs=1e-3)
 
 

@@ -17,7 +17,8 @@ from support.ignored import CONTENTS, PATTERNS, alone, live_of, masked, with_row
 from support.problems import Problem, assert_as_good_as_dense, dense, error, full_of_nan, oracle, peaked, upstream
 from torch import Tensor
 
-from cce_ext import linear_cross_entropy
+from cce_ext import linear_cross_entropy, linear_logprobs
+from cce_ext.measure import peak_memory
 from cce_ext.options import Options, resolve_method
 
 pytestmark = pytest.mark.gpu
@@ -153,6 +154,60 @@ def test_what_flows_into_ignored_tokens_reaches_nothing(pattern, where, impl):
     for x, y in zip(*results, strict=True):
         assert x.isfinite().all() and error(y, x) < 2e-3
     assert all((x[0][~live] == 0).all() for x in results)
+
+
+# ---- ignore_index=None ----
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", [*SHAPES, (1100, 64, 40000), (20000, 8, 300)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"stats": 15}, {"stats": 9, "need_map": False, "batch_invariant": True}], ids=str
+)
+def test_where_all_count_e_itself_is_read(shape, options, dtype):
+    """As with an ignore_index that no token has, bit for bit. Targets that are no classes make NaN, -100 as well."""
+    p = problem(shape, "none", dtype, softcap=9.0)
+
+    def outputs(targets: Tensor, ignore_index: int | None) -> list[Tensor]:
+        with full_of_nan():
+            given = {"ignore_index": ignore_index, "softcap": p.softcap, **options}
+            return ops.lce_forward(p.e, p.c, p.bias, targets, None, **given)
+
+    expected = outputs(p.targets, -100)
+    for x, y in zip(outputs(p.targets, None), expected, strict=True):
+        assert torch.equal(x, y)
+    targets = p.targets.clone()
+    targets[-1] = -100
+    nll, lse, *_ = outputs(targets, None)
+    assert nll[-1].isnan() and torch.equal(lse, expected[1]) and torch.equal(nll[:-1], expected[0][:-1])
+
+
+@each_impl
+def test_gradients_where_all_count(impl):
+    p = problem((300, 72, 6000), "none").leaves()
+    results = []
+    for ignore_index in (None, -100):
+        torch.manual_seed(0)
+        loss = linear_cross_entropy(p.e, p.c, p.targets, p.bias, impl=impl, ignore_index=ignore_index)
+        results.append([loss.detach(), *torch.autograd.grad(loss, p.inputs)])
+    (loss, d_e, *others), expected = results
+    assert torch.equal(loss, expected[0]) and error(d_e, expected[1]) < 2e-3  # a draw's sums have no order
+    assert all(torch.equal(x, y) for x, y in zip(others, expected[2:], strict=True))
+
+
+@pytest.mark.parametrize("outputs, most", [((), 2.0), (("entropy",), 3.2)], ids=["logprobs", "entropy"])
+def test_scoring_needs_no_copy(outputs, most):
+    """MB besides the outputs, where a copy of e takes 16: up to 1.5 for each kind of partial sums, and the tokens'."""
+    g = torch.Generator("cuda").manual_seed(0)
+    e, c = (torch.randn(n, 1024, generator=g, device="cuda", dtype=torch.bfloat16) for n in (8192, 151936))
+    targets = torch.randint(151936, (8192,), generator=g, device="cuda")
+
+    def score():
+        with torch.no_grad():
+            return linear_logprobs(e, c, targets, ignore_index=None, outputs=outputs)
+
+    held = sum(x.untyped_storage().nbytes() for x in score() if x is not None)
+    assert peak_memory(score, "cuda") - held / 2**20 <= most
 
 
 # ---- CUDA graphs ----

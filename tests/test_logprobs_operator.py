@@ -314,7 +314,7 @@ BAD = [
     ({"batch_invariant": True, "impl": "reference"}, ValueError, "batch_invariant: .* impl='reference'"),
     ({"batch_invariant": True, "impl": "torch_compile"}, ValueError, "batch_invariant: .* impl='torch_compile'"),
     ({"generator": 3}, TypeError, "generator: expected a torch.Generator"),
-    ({"ignore_index": 0.5}, TypeError, "ignore_index: expected an integer, got 0.5"),
+    ({"ignore_index": 0.5}, TypeError, "ignore_index: expected an integer or None, got 0.5"),
     ({"hidden": torch.zeros(20)}, ValueError, r"weight: expected \[V, 20\] for hidden of shape \[20\]"),
     ({"hidden": None}, TypeError, "hidden: expected a tensor, got NoneType"),
     ({"weight": torch.zeros(300, 9)}, ValueError, r"weight: expected \[V, 16\] for hidden of shape \[20, 16\], got"),

@@ -56,6 +56,15 @@ def test_partial_sums_have_room_for_any_number_of_live_rows(host, gpu, shape, ho
             assert host.plan_lce_forward(rows, v, *gpu, **options)["splits"] * rows <= room
 
 
+@shapes
+def test_partial_sums_have_no_more_room_than_all_tokens_need(host, shape):
+    """Where all count the host knows what the device will choose. Of few tokens it does not search."""
+    n, _, v = shape
+    plan, some = (host.plan_lce_forward(n, v, *GPUS["sm_90"], **HOPPER, all_count=x) for x in (True, False))
+    assert plan["splits"] == some["splits"] and 0 < plan["splits"] * n <= plan["partials"] <= some["partials"]
+    assert plan["partials"] == (some["partials"] if n == 128 else plan["splits"] * n)
+
+
 @pytest.mark.parametrize(
     ("n", "v", "least"), [(8192, 256000, 0.97), (8192, 128256, 0.96), (1024, 128256, 0.94), (65536, 128256, 0.96)]
 )

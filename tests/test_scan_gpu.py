@@ -378,7 +378,7 @@ def test_a_reentrant_checkpoint():
         ({"scan": "fp4"}, "scan"),
         ({"method": "exact"}, "scan='fp8' takes method='sampled'"),
         ({"need_map": False}, "need_map=True"),
-        ({"stats": 1}, "neither stats nor a scale"),
+        ({"stats": 1}, "neither stats, scale nor batch_invariant"),
         ({"seed": None}, "seed must be one int64"),
     ],
     ids=str,

@@ -270,7 +270,7 @@ def test_generation():
 def test_defaults_are_those_of_the_loss():
     parameters = inspect.signature(cce_patch).parameters
     options = inspect.signature(linear_cross_entropy).parameters
-    assert parameters.keys() - options.keys() == {"model_or_model_type", "train_only"}
+    assert parameters.keys() - options.keys() == {"model_or_model_type", "train_only", "stats"}
     assert all(parameters[name].default == options[name].default for name in parameters.keys() & options.keys())
 
 

@@ -20,5 +20,6 @@ except ModuleNotFoundError as error:
 
 from .families import supported
 from .patch import cce_patch, cce_unpatch
+from .stats import TokenMeans, TokenStats
 
-__all__ = ["cce_patch", "cce_unpatch", "supported"]
+__all__ = ["TokenMeans", "TokenStats", "cce_patch", "cce_unpatch", "supported"]

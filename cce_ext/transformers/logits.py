@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from ..api import module_loss
+from ..api import LossStats, module_loss
 from ..module_calls import forward_replaced
 from .peft import peft_classifier
 
@@ -54,28 +54,31 @@ class PromisedLogits:
         self.family, self.e, self.c, self.bias, self.scale, self.cap = family, e, c, bias, scale, cap
         self.gathered_by = gathered_by
 
-    def cross_entropy(self, targets: Tensor, **options: Any) -> Tensor:
+    def cross_entropy(self, targets: Tensor, **options: Any) -> Tensor | LossStats:
+        """As module_loss."""
         head: Any = self.gathered_by
         if head is None:
             return self._cross_entropy(self.e, self.c, self.bias, targets, **options)
 
-        def forward(e: Tensor) -> Tensor:
+        def forward(e: Tensor) -> Tensor | LossStats:
             return self._cross_entropy(e, plain_weight(head), head.bias, targets, **options)
 
         # FSDP2 gathers lm_head's parameters before its own call alone, and may free them right after it.
         with forward_replaced(head, forward):
-            loss: Tensor = head(self.e)
-        return loss
+            found: Tensor | LossStats = head(self.e)
+        return found
 
-    def _cross_entropy(self, e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, **options: Any) -> Tensor:
+    def _cross_entropy(
+        self, e: Tensor, c: Tensor, bias: Tensor | None, targets: Tensor, **options: Any
+    ) -> Tensor | LossStats:
         scale, softcap = self.scale, self.cap
         if softcap is not None:  # cap * tanh(z) is softcap * tanh(cap * z / softcap)
             scale *= softcap
         if not math.isclose(scale, 1.0, rel_tol=1e-12):
             # e is the smaller one; in 16 bits a scale that is no power of two rounds it once more.
             e, bias = e * scale, None if bias is None else bias * scale
-        loss: Tensor = module_loss(e, c, targets, bias, softcap=softcap, **options)
-        return loss
+        found: Tensor | LossStats = module_loss(e, c, targets, bias, softcap=softcap, **options)
+        return found
 
     def _with(self, scale: float, cap: float | None) -> PromisedLogits:
         return PromisedLogits(self.family, self.e, self.c, self.bias, scale, cap, self.gathered_by)

@@ -18,6 +18,7 @@ from ..options import FilterEps, GradientOptions, Options, Scan
 from .families import CLASSES, supported
 from .fused_head import has_fused_head, warning_setattr
 from .logits import PromisedLogits, PromisingHead
+from .stats import RETURN_STATS, TokenStats, stats_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -31,6 +32,7 @@ class PatchOptions(GradientOptions, total=False):
     train_only: bool
     label_smoothing: float
     scan: Scan
+    stats: bool
 
 
 @overload
@@ -64,6 +66,7 @@ def cce_patch(
     *,
     label_smoothing: float = 0.0,
     scan: Scan = None,
+    stats: bool = False,
 ) -> nn.Module | None:
     """Let a causal LM compute its loss by linear_cross_entropy: wherever it is given labels, and with logits None.
 
@@ -93,6 +96,8 @@ def cce_patch(
             the labels away from the model. A model with a softcap has none.
         scan: as in linear_cross_entropy, in training. Evaluation uses the 16-bit forward: where no gradient is computed
             (torch.no_grad, torch.inference_mode, nothing that requires one) scan is left out.
+        stats: the model keeps its tokens' accuracy and entropy in model.cce_stats, a TokenStats, by the loss's own pass
+            over the logits, in training and in evaluation. Not with a scan.
 
     Returns:
         The model, None for a type or a config.
@@ -115,8 +120,12 @@ def cce_patch(
         "label_smoothing": label_smoothing,
         "scan": scan,
     }
+    if stats and scan is not None:
+        raise ValueError(f"stats: expected False with scan={scan!r}, whose logits are rounded to 8 bits")
     Options(**options).check()
     options["train_only"] = train_only
+    if stats:
+        options["return_stats"] = RETURN_STATS
     if not isinstance(model_or_model_type, nn.Module):
         cls = _class_of(model_or_model_type)
         cls.forward, cls.__setattr__ = _patched_forward(cls, options), warning_setattr(cls)
@@ -131,6 +140,9 @@ def cce_patch(
         raise ValueError(
             "model_or_model_type: this model's forward has been replaced already (as accelerate does); patch it before"
         )
+    vars(model).pop("cce_stats", None)
+    if stats:
+        model.cce_stats = TokenStats()
     model.__class__ = _patched_class(_unpatched_class(type(model)), options)
     return model_or_model_type
 
@@ -157,6 +169,7 @@ def cce_unpatch(model_or_model_type: nn.Module | str | transformers.PretrainedCo
         if _unpatched_class(cls) is cls:
             raise ValueError(f"model_or_model_type: this {cls.__name__} was not patched by itself, or is wrapped since")
         model.__class__ = _unpatched_class(cls)
+        vars(model).pop("cce_stats", None)
         return
     cls = _class_of(model_or_model_type)
     original = getattr(cls.__dict__.get("forward"), "_cce_original", None)
@@ -334,6 +347,15 @@ class _View:
         if num_items_in_batch is not None and options["reduction"] == "mean":
             if isinstance(num_items_in_batch, Tensor):
                 num_items_in_batch = num_items_in_batch.to(logits.device)
-            return logits.cross_entropy(targets, **{**options, "reduction": "sum"}) / num_items_in_batch
-        loss = logits.cross_entropy(targets, **options)
+            return self._loss(logits, targets, {**options, "reduction": "sum"}) / num_items_in_batch
+        loss = self._loss(logits, targets, options)
         return loss[..., :-1] if options["reduction"] == "none" and shift_labels is None else loss
+
+    def _loss(self, logits: PromisedLogits, targets: Tensor, options: dict[str, Any]) -> Tensor:
+        """What it has besides is kept."""
+        found = logits.cross_entropy(targets, **options)
+        if isinstance(found, Tensor):
+            return found
+        model = self._cce_model
+        stats_of(model).add(found, targets != options["ignore_index"], model.training)
+        return found.loss

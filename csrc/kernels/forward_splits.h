@@ -48,6 +48,14 @@ struct ForwardSplits {
   CCE_HOST_DEVICE constexpr uint64_t rank(int64_t rows, int splits) const {
     return static_cast<uint64_t>(time(rows, splits)) << 24 | static_cast<uint64_t>(splits);
   }
+  // The runs for so many rows, 0 for none. On the host: a GPU's block of threads shares the search.
+  constexpr int best(int64_t rows) const {
+    uint64_t found = UINT64_MAX;
+    for (int splits = least(); splits <= most(rows); ++splits) {
+      found = rank(rows, splits) < found ? rank(rows, splits) : found;
+    }
+    return most(rows) == 0 ? 0 : splits_of(found);
+  }
   CCE_HOST_DEVICE static constexpr int splits_of(uint64_t rank) { return static_cast<int>(rank & 0xffffff); }
 };
 

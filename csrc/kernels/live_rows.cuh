@@ -40,6 +40,7 @@ struct CopyLiveRows {
 struct LiveRowsArguments {
   Targets targets;  // [n]
   int64_t ignore_index;
+  bool all;  // all count, whatever their targets: these are not looked at
   int n;
   ForwardSplits splits;
   int* tokens;        // [n]
@@ -67,7 +68,7 @@ static __global__ void __launch_bounds__(kLiveThreads) live_rows_kernel(LiveRows
 #pragma unroll
     for (int k = 0; k < kWords; ++k) {
       const int64_t token = first + k * kWarpLanes;
-      live[k] = __ballot_sync(0xffffffffu, token < a.n && a.targets[token] != a.ignore_index);
+      live[k] = __ballot_sync(0xffffffffu, token < a.n && (a.all || a.targets[token] != a.ignore_index));
     }
     int own = 0;
 #pragma unroll

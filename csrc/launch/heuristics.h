@@ -193,7 +193,7 @@ struct LceForwardPlan {
   LogitsPlan logits;
   ForwardSplits splits;  // by which the device chooses the runs of columns, for the rows that count
   int blocks;
-  int64_t partials;  // that any number of rows may need
+  int64_t partials;  // that any number of rows that count may need
 };
 
 // batch_invariant: sums of a token are in an order that depends on C alone.
@@ -207,6 +207,12 @@ inline LceForwardPlan plan_lce_forward(const LossInputs& in, const DeviceLimits&
   // Fewer rows may have more units.
   plan.blocks = plan.logits.cluster * plan.logits.slots;
   plan.partials = fixed != 0 ? in.n * fixed : std::min(in.n * column_blocks, std::max(in.n, kMaxPartials));
+  // Where all rows count the host knows what the device will choose. Of few tokens, which may have many runs,
+  // the search would take it longer than a small kernel.
+  constexpr int kMostSearched = 128;
+  if (in.all_count() && plan.splits.most(in.n) <= kMostSearched) {
+    plan.partials = in.n * plan.splits.best(in.n);
+  }
   return plan;
 }
 

@@ -40,7 +40,8 @@ LaunchError launch_lse(const LceForwardParams& p, const LceForwardPlan& plan, vo
 // What one block copies in less time than a second kernel takes to begin.
 constexpr int64_t kFewRows = 128, kFewElements = 1 << 15;
 
-// Lists the rows that count and copies them. A scan has its own copy.
+// Lists the rows that count and copies them, where there is room for it: a scan has its own copy, and where
+// all tokens count none is needed.
 LaunchError find_live_rows(const LceForwardParams& p, const LceForwardPlan& plan, cudaStream_t on) {
   static_assert(kLiveRowsPadding % (2 * LogitsSm90::kRows) == 0 && kLiveRowsPadding % kLogitsRows == 0,
                 "whole units of rows");
@@ -51,16 +52,17 @@ LaunchError find_live_rows(const LceForwardParams& p, const LceForwardPlan& plan
   rows.vectors = static_cast<int>(p.in.d / kChunkElements);
   rows.n = n;
   const bool few = n <= kFewRows && p.in.n * p.in.d <= kFewElements;
-  if (few && !p.scan.on()) rows.out = static_cast<uint4*>(p.live_e);
+  if (few) rows.out = static_cast<uint4*>(p.live_e);
   const LiveRowsArguments r = {targets_of(p.in),
                                p.in.ignore_index,
+                               p.in.all_count(),
                                n,
                                plan.splits,
                                p.live_tokens,
                                static_cast<LiveCount*>(p.live_count),
                                rows};
   live_rows_kernel<<<1, kLiveThreads, 0, on>>>(r);
-  if (!few && !p.scan.on()) {
+  if (!few && p.live_e != nullptr) {
     rows.out = static_cast<uint4*>(p.live_e);
     const auto blocks = static_cast<unsigned>(ceil_div(p.in.n, kCopyLiveThreads / kWarpLanes));
     copy_live_rows_kernel<<<blocks, kCopyLiveThreads, 0, on>>>(rows, live_rows_of(p));

@@ -5,6 +5,9 @@
 // What the operators hand to the launchers: plain structs, without torch's types or CUDA's.
 namespace cce {
 
+// The ignore_index where all tokens count.
+constexpr int64_t kIgnoreNone = INT64_MIN;
+
 enum class DType { kFloat16, kBFloat16, kFloat32, kFloat64 };
 
 // What every operator's kernels read of the inputs. Strides are in elements; the last dimension of e and c
@@ -20,6 +23,8 @@ struct LossInputs {
   double softcap;  // 0: none
   DType dtype;
   bool targets_are_int64;
+
+  bool all_count() const { return ignore_index == kIgnoreNone; }
 };
 
 struct LabelLogitsParams {
@@ -94,7 +99,7 @@ struct LceForwardParams {
   float* label_logits;        // [n]
   int* live_tokens;           // scratch: [n]
   void* live_count;           // scratch: LiveCount
-  void* live_e;               // scratch: [n, d] of e's dtype
+  void* live_e;               // scratch: [n, d] of e's dtype, or null where all count: e is read
   float* partial_lse;         // scratch: the plan's partials
   int64_t partials;           // how many
   const float* scale;         // [n] contiguous, of the logits, or null: 1

@@ -107,7 +107,8 @@ Tensor with_separate_rows(const Tensor& tensor) {
 }
 
 LossInputs loss_inputs(DType dtype, const Tensor& e, const Tensor& c, const std::optional<Tensor>& bias,
-                       const Tensor& targets, int64_t ignore_index, std::optional<double> softcap) {
+                       const Tensor& targets, std::optional<int64_t> ignore_index,
+                       std::optional<double> softcap) {
   LossInputs in{};
   in.e = e.const_data_ptr();
   in.c = c.const_data_ptr();
@@ -122,7 +123,7 @@ LossInputs loss_inputs(DType dtype, const Tensor& e, const Tensor& c, const std:
     in.bias = bias->const_data_ptr();
     in.bias_stride = bias->stride(0);
   }
-  in.ignore_index = ignore_index;
+  in.ignore_index = ignore_index.value_or(kIgnoreNone);
   in.softcap = softcap.value_or(0.0);
   in.dtype = dtype;
   in.targets_are_int64 = targets.scalar_type() == ScalarType::Long;

@@ -45,7 +45,7 @@ torch::stable::Tensor with_separate_rows(const torch::stable::Tensor& tensor);
 
 LossInputs loss_inputs(DType dtype, const torch::stable::Tensor& e, const torch::stable::Tensor& c,
                        const std::optional<torch::stable::Tensor>& bias, const torch::stable::Tensor& targets,
-                       int64_t ignore_index, std::optional<double> softcap);
+                       std::optional<int64_t> ignore_index, std::optional<double> softcap);
 
 // Throws where a launcher says that something refused.
 void check_launch(const char* op, const LaunchError& error, int32_t device);

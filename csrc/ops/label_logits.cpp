@@ -20,7 +20,7 @@ using torch::stable::Tensor;
 constexpr const char* kOp = CCE_OPERATOR("label_logits: ");
 
 Tensor label_logits(const Tensor& e_in, const Tensor& c_in, const std::optional<Tensor>& bias,
-                    const Tensor& targets, int64_t ignore_index, std::optional<double> softcap,
+                    const Tensor& targets, std::optional<int64_t> ignore_index, std::optional<double> softcap,
                     const std::optional<Tensor>& scale) {
   const DType dtype = dtype_of(kOp, e_in);
   check_inputs(kOp, e_in, c_in, bias, targets, softcap);

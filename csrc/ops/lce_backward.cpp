@@ -128,8 +128,9 @@ std::tuple<Tensor, Tensor, Tensor> lce_backward(
     const std::optional<Tensor>& g_entropy, const Tensor& e_in, const Tensor& c_in,
     const std::optional<Tensor>& bias, const Tensor& targets, const Tensor& nll_in, const Tensor& lse_in,
     const Tensor& tile_map_in, const std::optional<Tensor>& entropy_in, const std::optional<Tensor>& seed,
-    int64_t ignore_index, std::optional<double> softcap, const std::string& method, double eps, bool filter_e,
-    bool filter_c, bool need_e, bool need_c, bool need_bias, const std::optional<Tensor>& scale) {
+    std::optional<int64_t> ignore_index, std::optional<double> softcap, const std::string& method, double eps,
+    bool filter_e, bool filter_c, bool need_e, bool need_c, bool need_bias,
+    const std::optional<Tensor>& scale) {
   const DType dtype = dtype_of(kOp, e_in);
   check_inputs(kOp, e_in, c_in, bias, targets, softcap);
   const int64_t n = e_in.size(0), d = e_in.size(1), v = c_in.size(0);

@@ -42,7 +42,7 @@ void check_scan(const std::string& scan, const std::string& method, double eps, 
 // The seed and the method say how the backward will visit; but for a scan, the forward is the same for all.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lce_forward(
     const Tensor& e_in, const Tensor& c_in, const std::optional<Tensor>& bias, const Tensor& targets,
-    const std::optional<Tensor>& seed, int64_t ignore_index, std::optional<double> softcap,
+    const std::optional<Tensor>& seed, std::optional<int64_t> ignore_index, std::optional<double> softcap,
     const std::string& method, double eps, bool, bool, bool need_map, const std::optional<Tensor>& scale,
     int64_t statistics, bool batch_invariant, const std::optional<std::string>& scan, bool keep_logits) {
   const DType dtype = dtype_of(kOp, e_in);
@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lce_forward(
   space.add(params.label_logits, n * word);
   space.add(params.live_tokens, n * word);
   space.add(params.live_count, kLiveCountBytes);
-  if (!scan) space.add(params.live_e, n * in.d * Workspace::kElement);
+  if (!scan && !in.all_count()) space.add(params.live_e, n * in.d * Workspace::kElement);
   space.add(params.partial_lse, plan.partials * word);
   if (any) space.add(params.partial_statistics, partial_statistics(statistics) * plan.partials * word);
   Workspace scanned;

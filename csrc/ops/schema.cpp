@@ -6,7 +6,8 @@
 // (cce_ext/ops.py).
 CCE_TORCH_LIBRARY(m) {
   m.def(
-      "linear_cross_entropy(Tensor e, Tensor c, Tensor targets, Tensor? bias=None, SymInt ignore_index=-100, "
+      "linear_cross_entropy(Tensor e, Tensor c, Tensor targets, Tensor? bias=None, SymInt? "
+      "ignore_index=-100, "
       "float? softcap=None, str reduction=\"mean\", SymInt shift=0, float? filter_eps=-1.0, "
       "bool filter_e_grad=True, bool filter_c_grad=True, str impl=\"cce\", str? scan=None) -> Tensor");
   // temperatures: of the targets' shape, in temperature's place. outputs: names, with commas in between. What
@@ -14,10 +15,11 @@ CCE_TORCH_LIBRARY(m) {
   m.def(
       "linear_logprobs(Tensor hidden, Tensor weight, Tensor targets, Tensor? bias=None, *, "
       "float temperature=1.0, Tensor? temperatures=None, float? softcap=None, float logit_scale=1.0, "
-      "SymInt ignore_index=-100, SymInt shift=0, str outputs=\"entropy\", str impl=\"cce\", "
+      "SymInt? ignore_index=-100, SymInt shift=0, str outputs=\"entropy\", str impl=\"cce\", "
       "float? filter_eps=-1.0, bool batch_invariant=False) "
       "-> (Tensor logprobs, Tensor lse, Tensor entropy, Tensor is_top1, Tensor log_sum_sq_probs, "
       "Tensor mean_logits, Tensor max_logprob)");
+  // ignore_index None: all tokens count, and no copy is made of the rows of e that do.
   // A token's logits are scale (fp32, fp64 for fp64 e; [N], positive) times softcap(e . c + bias). stats: a
   // sum of 1 entropy, 2 the logarithm of the sum of p^2, 4 the mean of the logits, 8 the largest logit and
   // argmax, the first column that has it. The output stats is [4, N], 0 in rows that are not asked for, or
@@ -29,20 +31,20 @@ CCE_TORCH_LIBRARY(m) {
   // [V / 256, N, 258], from which method "exact" takes its gradient without computing them again.
   m.def(
       "lce_forward(Tensor e, Tensor c, Tensor? bias, Tensor targets, Tensor? seed, *, "
-      "SymInt ignore_index=-100, float? softcap=None, str method=\"sampled\", float eps=0.00390625, "
+      "SymInt? ignore_index=-100, float? softcap=None, str method=\"sampled\", float eps=0.00390625, "
       "bool filter_e=True, bool filter_c=True, bool need_map=True, Tensor? scale=None, SymInt stats=0, "
       "bool batch_invariant=False, str? scan=None, bool keep_logits=False) "
       "-> (Tensor nll, Tensor lse, Tensor tile_map, Tensor stats, Tensor argmax)");
   m.def(
       "lce_backward(Tensor? g_nll, Tensor? g_lse, Tensor? g_entropy, Tensor e, Tensor c, Tensor? bias, "
       "Tensor targets, Tensor nll, Tensor lse, Tensor tile_map, Tensor? entropy, Tensor? seed, *, "
-      "SymInt ignore_index=-100, float? softcap=None, str method=\"sampled\", float eps=0.00390625, "
+      "SymInt? ignore_index=-100, float? softcap=None, str method=\"sampled\", float eps=0.00390625, "
       "bool filter_e=True, bool filter_c=True, bool need_e=True, bool need_c=True, bool need_bias=False, "
       "Tensor? scale=None) "
       "-> (Tensor grad_e, Tensor grad_c, Tensor grad_bias)");
   m.def(
       "label_logits(Tensor e, Tensor c, Tensor? bias, Tensor targets, *, "
-      "SymInt ignore_index=-100, float? softcap=None, Tensor? scale=None) -> Tensor");
+      "SymInt? ignore_index=-100, float? softcap=None, Tensor? scale=None) -> Tensor");
   // The sum of nll over the tokens that count, or with mean their mean, and how many they are, both scalars
   // of nll's dtype. nll is 0 where a token does not count.
   m.def(
@@ -59,7 +61,7 @@ CCE_TORCH_LIBRARY(m) {
   // The portable kernels by themselves, for what the CUDA kernels leave to them: fp32 and fp64.
   m.def(
       "lce_forward_portable(Tensor e, Tensor c, Tensor? bias, Tensor targets, Tensor? seed, *, "
-      "SymInt ignore_index=-100, float? softcap=None, str method=\"sampled\", float eps=0.00390625, "
+      "SymInt? ignore_index=-100, float? softcap=None, str method=\"sampled\", float eps=0.00390625, "
       "bool filter_e=True, bool filter_c=True, bool need_map=True, Tensor? scale=None, SymInt stats=0, "
       "bool batch_invariant=False, str? scan=None, bool keep_logits=False) "
       "-> (Tensor nll, Tensor lse, Tensor tile_map, Tensor stats, Tensor argmax)");
@@ -67,7 +69,7 @@ CCE_TORCH_LIBRARY(m) {
       "lce_backward_portable(Tensor? g_nll, Tensor? g_lse, Tensor? g_entropy, Tensor e, Tensor c, Tensor? "
       "bias, "
       "Tensor targets, Tensor nll, Tensor lse, Tensor tile_map, Tensor? entropy, Tensor? seed, *, "
-      "SymInt ignore_index=-100, float? softcap=None, str method=\"sampled\", float eps=0.00390625, "
+      "SymInt? ignore_index=-100, float? softcap=None, str method=\"sampled\", float eps=0.00390625, "
       "bool filter_e=True, bool filter_c=True, bool need_e=True, bool need_c=True, bool need_bias=False, "
       "Tensor? scale=None) "
       "-> (Tensor grad_e, Tensor grad_c, Tensor grad_bias)");

@@ -79,22 +79,20 @@ py::dict plan_pair_gradients(cce::DType dtype, int64_t n, int64_t k, int64_t d, 
 }
 
 py::dict plan_lce_forward(int64_t n, int64_t v, int multiprocessors, int shared_bytes, int major, int minor,
-                          bool has_sm90, int64_t d, int64_t e_row_stride, int64_t c_row_stride) {
+                          bool has_sm90, int64_t d, int64_t e_row_stride, int64_t c_row_stride,
+                          bool all_count) {
   cce::LossInputs in{};
   in.n = n;
   in.d = d;
   in.v = v;
   in.e_row_stride = e_row_stride;
   in.c_row_stride = c_row_stride;
+  in.ignore_index = all_count ? cce::kIgnoreNone : -100;
   const cce::LceForwardPlan plan =
       cce::plan_lce_forward(in, {multiprocessors, shared_bytes, major, minor, has_sm90});
   // Where all tokens count: as the device chooses (kernels/live_rows.cuh).
   cce::LogitsSchedule schedule = plan.logits.schedule(n, v);
-  uint64_t best = UINT64_MAX;
-  for (int splits = 1; splits <= plan.splits.most(n); ++splits) {
-    best = std::min(best, plan.splits.rank(n, splits));
-  }
-  schedule.splits = plan.splits.most(n) == 0 ? 0 : cce::ForwardSplits::splits_of(best);
+  schedule.splits = plan.splits.best(n);
   py::list units;
   for (int i = 0; i < schedule.units(); ++i) {
     const cce::LogitsUnit unit = schedule.unit(i);
@@ -364,7 +362,8 @@ PYBIND11_MODULE(cce_host_tests, m) {
         py::arg("c_row_stride"));
   m.def("plan_lce_forward", &plan_lce_forward, py::arg("n"), py::arg("v"), py::arg("multiprocessors"),
         py::arg("shared_bytes"), py::arg("major") = 8, py::arg("minor") = 0, py::arg("has_sm90") = false,
-        py::arg("d") = 64, py::arg("e_row_stride") = 64, py::arg("c_row_stride") = 64);
+        py::arg("d") = 64, py::arg("e_row_stride") = 64, py::arg("c_row_stride") = 64,
+        py::arg("all_count") = false);
   m.def("plan_exact", &plan_exact, py::arg("n"), py::arg("d"), py::arg("v"), py::arg("need_e"),
         py::arg("need_c"), py::arg("multiprocessors"), py::arg("shared_bytes"), py::arg("major") = 8,
         py::arg("minor") = 0, py::arg("has_sm90") = false);

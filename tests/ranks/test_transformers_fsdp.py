@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from support.sharded import two_ranks
@@ -100,11 +102,14 @@ def test_trains_as_one_process(mesh, ranks, family, shard, tied):
     model = tiny(family, tie_word_embeddings=tied)
     own = tiny(family, tie_word_embeddings=tied)
     own.load_state_dict(model.state_dict())
-    cce_patch(model, impl="cce_exact")
+    cce_patch(model, impl="cce_exact", stats=True)
     shard(model, mesh)
     assert any(isinstance(p, DTensor) for p in model.parameters())
     losses = train(model, ranks, mesh.get_local_rank())
     assert losses == pytest.approx(train(own, ranks), rel=1e-5)
+    means = model.cce_stats.take(training=False, group=mesh.get_group())
+    assert means.tokens == sum((labels[:, 1:] != -100).sum() for _, labels in batches(ranks))
+    assert 0 < means.entropy < math.log(VOCAB)
     for (name, p), wanted in zip(model.named_parameters(), own.parameters(), strict=True):
         torch.testing.assert_close(p.full_tensor(), wanted, rtol=1e-4, atol=1e-6, msg=name)
 
