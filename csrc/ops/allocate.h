@@ -16,8 +16,8 @@ namespace cce {
 // dispatcher by the operator's name, which takes a multiple of the host's time, and a call allocates a dozen.
 inline torch::stable::Tensor allocate(const torch::stable::Tensor& like, std::initializer_list<int64_t> shape,
                                       torch::headeronly::ScalarType dtype) {
-  constexpr size_t kMostDims = 2;
-  CCE_CHECK(shape.size() <= kMostDims, "cce: a tensor of more than two dimensions is not allocated so");
+  constexpr size_t kMostDims = 3;
+  CCE_CHECK(shape.size() <= kMostDims, "cce: a tensor of more than three dimensions is not allocated so");
   std::array<int64_t, kMostDims> strides{};
   int64_t stride = 1;
   for (size_t i = shape.size(); i-- > 0;) {
