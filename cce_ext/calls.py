@@ -13,7 +13,7 @@ from torch import distributed as dist
 from . import reference, vocab_parallel
 from .autograd import lce_forward, lce_loss
 from .few_tokens import keeps_logits
-from .labels import check_target_range, is_ignored, may_look_at, no_label
+from .labels import check_target_range, may_look_at, no_label, that_count
 from .ops import autocast_inputs
 from .options import (
     DENSE,
@@ -70,7 +70,7 @@ class Call(NamedTuple):
     def counts(self, ignore_index: int | None) -> Tensor:
         """Which tokens do [N]: bool."""
         if ignore_index is not None or not self.shift:
-            return ~is_ignored(self.labels, ignore_index)
+            return that_count(self.labels, ignore_index)
         have_a_label = self.labels.new_ones(self.shape, dtype=torch.bool)
         have_a_label[..., -self.shift :] = False
         return have_a_label.reshape(-1)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from . import vocab_parallel
-from .labels import is_ignored
+from .labels import that_count
 from .options import check_reduction, check_shift, check_tensor
 
 
@@ -55,7 +55,7 @@ def compute_z_loss(
             raise ValueError(
                 f"targets: after shift={shift} expected lse's shape {list(lse.shape)}, got {list(targets.shape)}"
             )
-        counts = ~is_ignored(targets, ignore_index)
+        counts = that_count(targets, ignore_index)
         if is_dtensor(lse) and not is_dtensor(counts):
             from .distributed import like
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .labels import is_ignored, may_look_at, no_label
+from .labels import is_ignored, may_look_at, no_label, that_count
 from .options import Options, check_tensor
 from .reduction import is_dtensor
 from .vocab_parallel import VocabShard, sum_over_ranks
@@ -101,7 +101,7 @@ class SoftTargets:
 
     def counts(self) -> Tensor:
         """Entries that are not ignored."""
-        return ~is_ignored(self.targets, self.ignore_index)
+        return that_count(self.targets, self.ignore_index)
 
     def pairs(self, v: int, shard: VocabShard | None) -> Tensor | None:
         """The labels whose logits are wanted beside the heaviest's, int32 [N, K]; None for K = 1.
