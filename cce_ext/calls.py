@@ -24,7 +24,6 @@ from .options import (
     check_shift,
     check_softcap,
     check_target_range,
-    check_tensors,
     check_transforms,
     check_weight,
     is_a,
@@ -87,13 +86,13 @@ def prepare(
     shared_numbers: Callable[[int, Tensor | None], int] = lambda n, weight: 0,
     names: Names = NAMES,
 ) -> Call:
-    """Localizes, casts, checks and shifts. temperature: of the targets' shape, or one number.
+    """Localizes, casts, checks and shifts what check_tensors has seen.
 
+    temperature: of the targets' shape, or one number.
     target_weights: what soft_targets.check has seen, of targets [.., K]. stats: of the call's lce_forward.
     shared_numbers: of n tokens and class weights, those of its sum_over_ranks.
     """
     ignore_index, weight = options.ignore_index, options.weight
-    check_tensors(e, c, targets, bias, names)
     if not is_a(ignore_index, "__index__"):
         raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
     # localize's from_local makes DTensors of what each rank has of the results.
