@@ -179,8 +179,13 @@ class _LceLoss(torch.autograd.Function):
         e, c, bias, targets, nll, lse, tile_map, seed, count = ctx.saved_tensors
         options = {name: value for name, value in ctx.options.items() if name not in OF_FORWARD}
         if g is not None:
+            # On a GPU the operator divides, since that launches nothing.
+            if count is not None and count.is_cuda and count.dtype == nll.dtype:
+                options["count"] = count
+            elif count is not None:
+                g = g / count
             # An ignored token gets it as well: the operator masks it.
-            g = (g if count is None else g / count).expand(len(nll))
+            g = g.expand(len(nll))
         saved = (e, c, bias, targets, nll, lse, tile_map, None, seed)
         d_e, d_c, d_bias = gradients((g, g_lse, None), saved, None, options, ctx.needs_input_grad[:3])
         return d_e, d_c, d_bias, None, None, None, None

@@ -27,7 +27,6 @@ from .options import (
     check_inputs,
     check_shift,
     check_softcap,
-    check_tensors,
     check_transforms,
     check_weight,
     may_need_seed,
@@ -96,13 +95,13 @@ def prepare(
     shared_numbers: Callable[[int, Tensor | None], int] = lambda n, weight: 0,
     names: Names = NAMES,
 ) -> Call:
-    """Localizes, casts, checks and shifts. temperature: of the targets' shape, or one number.
+    """Localizes, casts, checks and shifts what check_tensors has seen.
 
+    temperature: of the targets' shape, or one number.
     target_weights: what soft_targets.check has seen, of targets [.., K]. stats: of the call's lce_forward.
     shared_numbers: of n tokens and class weights, those of its sum_over_ranks.
     """
     ignore_index, weight = options.ignore_index, options.weight
-    check_tensors(e, c, targets, bias, names)
     check_ignore_index(ignore_index)
     # localize's from_local makes DTensors of what each rank has of the results.
     shard, from_local, seed_salt = None, None, 0

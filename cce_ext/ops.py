@@ -109,9 +109,14 @@ def _lce_backward(
     need_e: bool = True,
     need_c: bool = True,
     need_bias: bool = False,
+    count: Tensor | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = _checked(e, c, bias, targets, keywords)
+    if count is not None:
+        if count.shape != ():
+            raise ValueError(f"count: expected a scalar, got {list(count.shape)}")
+        g_nll = None if g_nll is None else g_nll / count
     shape = (num_tiles(len(c)), len(e))
     if options.method != "exact" and (tile_map.shape != shape or tile_map.dtype != torch.int16):
         raise ValueError(

@@ -271,6 +271,27 @@ def test_reduce_nll_is_what_torch_has(mean, device):
             torch.ops.cce.reduce_nll(nll, p.targets[1:])
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: o["method"])
+def test_a_count_divides_the_gradient_of_nll_alone(options, device):
+    p = problem(device)
+    options = {**options, "ignore_index": p.ignore_index}
+    seed = torch.tensor([3], device=device)
+    nll, lse, tile_map, *_ = torch.ops.cce.lce_forward(p.e, p.c, p.bias, p.targets, seed, **options)
+    options.pop("need_map", None)
+    saved = (p.e, p.c, p.bias, p.targets, nll, lse, tile_map, None, seed)
+    g_nll, g_lse, count = torch.rand_like(nll), torch.rand_like(lse), torch.tensor(7.0, device=device)
+    # The weight of an ignored token is masked, not divided.
+    for n, g in ((count, g_nll), (torch.zeros_like(count), torch.zeros_like(g_nll))):
+        got = torch.ops.cce.lce_backward(g, g_lse, None, *saved, need_bias=True, count=n, **options)
+        expected = torch.ops.cce.lce_backward(g / n, g_lse, None, *saved, need_bias=True, **options)
+        # The sampled gradient of e is summed in no fixed order on a GPU.
+        for x, y in zip(got, expected, strict=True):
+            assert torch.allclose(x, y, rtol=1e-2, atol=1e-6, equal_nan=True)
+        assert torch.equal(got[1].nan_to_num(), expected[1].nan_to_num())
+    with pytest.raises((ValueError, RuntimeError), match="count"):
+        torch.ops.cce.lce_backward(g_nll, g_lse, None, *saved, count=torch.ones(2, device=device), **options)
+
+
 def test_cuda_tensors_without_cuda_kernels_name_the_mend():
     """What a build without CUDA kernels puts behind the CUDA key, and that it does."""
     if not cce_ext.HAS_CUDA and torch.version.hip is None:

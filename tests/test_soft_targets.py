@@ -84,7 +84,7 @@ def test_probabilities_of_all_classes(impl, reduction, device):
 @pytest.mark.parametrize("impl", [i for i in IMPLS if i != "torch_compile"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_one_label_of_weight_one_is_the_loss_of_one_label(impl, reduction, device):
-    """To the bit, the sampled gradient too."""
+    """To the bit, the sampled gradient too; but for the mean on CUDA, which one label has from a kernel of its own."""
     p = peaked(60, 16, 3000, ignored=0.2, bias=True, device=device)
     x = Soft(p, p.targets[:, None], torch.ones(60, 1, device=device)).leaves()
     torch.manual_seed(0)
@@ -92,8 +92,9 @@ def test_one_label_of_weight_one_is_the_loss_of_one_label(impl, reduction, devic
     got = gradients(loss, x)
     torch.manual_seed(0)
     expected = linear_cross_entropy(x.p.e, x.p.c, p.targets, x.p.bias, impl=impl, reduction=reduction)
-    assert torch.equal(loss, expected)
-    assert all(torch.equal(a, b) for a, b in zip(got, gradients(expected, x), strict=True))
+    near = {"rtol": 1e-6, "atol": 1e-9} if device == "cuda" and reduction == "mean" else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(loss, expected, **near)
+    torch.testing.assert_close(got, gradients(expected, x), **near)
 
 
 @pytest.mark.parametrize("impl", EXACT)

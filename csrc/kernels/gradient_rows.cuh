@@ -16,9 +16,10 @@ struct GradientRowsArguments {
   const float* g_nll;  // [n] or null, stride in elements (0: one value for all)
   const float* g_lse;
   int64_t g_nll_stride, g_lse_stride;
-  const float* nll;  // [n]
-  const float* lse;  // [n]
-  Targets targets;   // [n]
+  const float* count;  // one, by which g_nll is divided, or null
+  const float* nll;    // [n]
+  const float* lse;    // [n]
+  Targets targets;     // [n]
   int64_t ignore_index;
   const float* g_entropy;  // [n] or null
   int64_t g_entropy_stride;
@@ -76,6 +77,7 @@ static __global__ void __launch_bounds__(kGradientRowsThreads)
     const bool inside = target >= 0 && target < args.v;
     GradientRow row;
     row.b = ignored || args.g_nll == nullptr ? 0.0f : args.g_nll[i * args.g_nll_stride];
+    if (!ignored && args.count != nullptr) row.b = __fdiv_rn(row.b, *args.count);
     row.a = row.b + (ignored || args.g_lse == nullptr ? 0.0f : args.g_lse[i * args.g_lse_stride]);
     if (!ignored && !inside) row.a = NAN;
     row.lse2 = ignored ? INFINITY : args.lse[i] * kLog2E;

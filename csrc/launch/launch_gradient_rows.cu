@@ -22,6 +22,7 @@ LaunchError launch_gradient_rows(const LceBackwardParams& p, int device, void* s
   a.g_lse = p.g_lse;
   a.g_nll_stride = p.g_nll_stride;
   a.g_lse_stride = p.g_lse_stride;
+  a.count = p.count;
   a.nll = p.nll;
   a.lse = p.lse;
   a.targets = targets_of(p.in);

@@ -125,8 +125,9 @@ struct LceBackwardParams {
   const float* g_nll;  // [n] or null
   const float* g_lse;  // [n] or null
   int64_t g_nll_stride, g_lse_stride;
-  const float* nll;  // [n]
-  const float* lse;  // [n]
+  const float* count;  // one, by which g_nll is divided, or null
+  const float* nll;    // [n]
+  const float* lse;    // [n]
   // Of the entropy, where its gradient is given or logits are scaled; else null.
   const float* g_entropy;  // [n] or null
   int64_t g_entropy_stride;

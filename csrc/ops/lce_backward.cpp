@@ -130,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor> lce_backward(
     const Tensor& tile_map_in, const std::optional<Tensor>& entropy_in, const std::optional<Tensor>& seed,
     std::optional<int64_t> ignore_index, std::optional<double> softcap, const std::string& method, double eps,
     bool filter_e, bool filter_c, bool need_e, bool need_c, bool need_bias,
-    const std::optional<Tensor>& scale) {
+    const std::optional<Tensor>& scale, const std::optional<Tensor>& count) {
   const DType dtype = dtype_of(kOp, e_in);
   check_inputs(kOp, e_in, c_in, bias, targets, softcap);
   const int64_t n = e_in.size(0), d = e_in.size(1), v = c_in.size(0);
@@ -147,6 +147,11 @@ std::tuple<Tensor, Tensor, Tensor> lce_backward(
     check_tokens(*entropy_in, "entropy");
   }
   check_scale(kOp, scale, e_in);
+  if (count) {
+    CCE_CHECK(count->dim() == 0 && count->scalar_type() == ScalarType::Float, kOp,
+              "count must be a float32 scalar, but is ", describe(*count));
+    check_device(kOp, "count", *count, e_in);
+  }
   check_tokens(nll_in, "nll");
   check_tokens(lse_in, "lse");
   const bool sampled = method == "sampled", threshold = method == "threshold", exactly = method == "exact";
@@ -215,6 +220,7 @@ std::tuple<Tensor, Tensor, Tensor> lce_backward(
       params.g_entropy_stride = g_entropy->stride(0);
       params.entropy = static_cast<const float*>(entropy->const_data_ptr());
     }
+    if (count) params.count = static_cast<const float*>(count->const_data_ptr());
     if (scale) params.scale = static_cast<const float*>(scale->const_data_ptr());
     params.nll = static_cast<const float*>(nll.const_data_ptr());
     params.lse = static_cast<const float*>(lse.const_data_ptr());

@@ -35,12 +35,13 @@ CCE_TORCH_LIBRARY(m) {
       "bool filter_e=True, bool filter_c=True, bool need_map=True, Tensor? scale=None, SymInt stats=0, "
       "bool batch_invariant=False, str? scan=None, bool keep_logits=False) "
       "-> (Tensor nll, Tensor lse, Tensor tile_map, Tensor stats, Tensor argmax)");
+  // count: what g_nll is divided by, a scalar of nll's dtype, as reduce_nll gives it.
   m.def(
       "lce_backward(Tensor? g_nll, Tensor? g_lse, Tensor? g_entropy, Tensor e, Tensor c, Tensor? bias, "
       "Tensor targets, Tensor nll, Tensor lse, Tensor tile_map, Tensor? entropy, Tensor? seed, *, "
       "SymInt? ignore_index=-100, float? softcap=None, str method=\"sampled\", float eps=0.00390625, "
       "bool filter_e=True, bool filter_c=True, bool need_e=True, bool need_c=True, bool need_bias=False, "
-      "Tensor? scale=None) "
+      "Tensor? scale=None, Tensor? count=None) "
       "-> (Tensor grad_e, Tensor grad_c, Tensor grad_bias)");
   m.def(
       "label_logits(Tensor e, Tensor c, Tensor? bias, Tensor targets, *, "
@@ -71,7 +72,7 @@ CCE_TORCH_LIBRARY(m) {
       "Tensor targets, Tensor nll, Tensor lse, Tensor tile_map, Tensor? entropy, Tensor? seed, *, "
       "SymInt? ignore_index=-100, float? softcap=None, str method=\"sampled\", float eps=0.00390625, "
       "bool filter_e=True, bool filter_c=True, bool need_e=True, bool need_c=True, bool need_bias=False, "
-      "Tensor? scale=None) "
+      "Tensor? scale=None, Tensor? count=None) "
       "-> (Tensor grad_e, Tensor grad_c, Tensor grad_bias)");
   // The divergence of the softmaxes of two heads, which may differ in D alone. mask: bool [N], the tokens
   // that count. The logits of each are its softcap's, over temperature. lse, teacher_lse and mean are for the
