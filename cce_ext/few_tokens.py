@@ -25,7 +25,8 @@ def keeps_logits(e: Tensor, method: Method, options: Options, others: bool) -> b
     wanted.
     """
     chosen = method.name == "exact" or (method.name == "sampled" and isinstance(options.filter_eps, str))
-    if not (chosen and e.is_cuda and e.dtype in (torch.float16, torch.bfloat16)):
+    # The gradient of fp16 is nearer than what 16 bits keep of a logit.
+    if not (chosen and e.is_cuda and e.dtype == torch.bfloat16):
         return False
     if others or options.scan is not None:
         return False

@@ -38,14 +38,18 @@ def run(p: Problem, seed: int = 1, **options) -> tuple[Tensor, Tensor, Tensor, l
 
 
 def assert_right(p: Problem) -> None:
+    # Codes are as coarse as 2^-11 log 2 of p, which shows beside fp16.
+    tiny = 1e-3 if p.e.dtype == torch.float16 else 1e-5
     nll, lse, _, found = run(p)
     g = upstream(p)
     exact, same = oracle(p, *g), dense(p, *g)
     live = p.targets != p.ignore_index
-    for ours, theirs, truth in zip((nll, lse), same[:2], exact[:2], strict=True):
-        assert_as_good_as_dense(ours[live], theirs[live], truth[live])
+    # A loss is a difference of two numbers of the log-sum-exp's size.
+    size = exact[1].abs().max().clamp(min=1).item()
+    for ours, truth in zip((nll, lse), exact[:2], strict=True):
+        torch.testing.assert_close(ours[live], truth[live].float(), rtol=0, atol=1e-5 * size)
     for ours, theirs, truth in zip(found, same[2], exact[2], strict=True):
-        assert_as_good_as_dense(ours, theirs, truth)
+        assert_as_good_as_dense(ours, theirs, truth, tiny)
 
 
 @each_dtype
