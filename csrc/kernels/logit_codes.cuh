@@ -52,8 +52,8 @@ struct CodesGradientArguments {
   int first_tile, tiles;  // of the chunk
 };
 
-// dz of a chunk from the codes. A warp a token and a tile, a lane eight of its columns. The label's are taken
-// from its loss: however improbable it is, its slope is right, and however probable, p - 1.
+// dz of a chunk from the codes. A warp a token and a tile, a lane eight of its columns. A label
+// that counts as nothing has its logit from its loss, so that its slope is right.
 template <typename Element>
 __global__ void __launch_bounds__(kCodesThreads)
     gradient_of_codes_kernel(const __grid_constant__ CodesGradientArguments<Element> a) {
@@ -76,17 +76,13 @@ __global__ void __launch_bounds__(kCodesThreads)
     const int label = row.label - g.first_column - tile * kTileColumns - lane * kColumns;
     const auto dz = [&](int column) {
       const uint32_t code = words[column / 2] >> column % 2 * 16 & 0xffff;
-      const bool is_label = label == column;
-      if (code == kCodeOfNothing && !is_label) return 0.0f;
-      float z, value;
-      if (is_label) {
-        const float nll = a.nll[token];
-        z = row.lse2 * kLn2 - nll;
-        value = row.a * ptx::exp2_approx(-nll * kLog2E) - row.b;
-      } else {
-        z = decode_logit(code, largest);
-        value = row.a * row.probability(z);
-      }
+      const bool is_label = label == column, nothing = code == kCodeOfNothing;
+      if (nothing && !is_label) return 0.0f;
+      // Not from the loss where the code says it: that is another sum than the log-sum-exp's, and of a
+      // confident token p - 1 is what is left of their difference.
+      const float z = nothing ? row.lse2 * kLn2 - a.nll[token] : decode_logit(code, largest);
+      float value = row.a * row.probability(z);
+      if (is_label) value -= row.b;
       if (g.softcap.present()) value *= g.softcap.slope(z);
       return value * scale.factor;
     };
