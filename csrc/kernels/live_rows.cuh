@@ -21,7 +21,8 @@ struct CopyLiveRows {
   int n;
   uint4* out;  // [n, vectors], of which the rows that count are written, in their order; or null: nothing is
 
-  // One of them, or of the zeros behind them. A warp calls it.
+  // One of them, or of the zeros behind them. A warp calls it. kAhead: loads that do not wait for each other.
+  template <int kAhead>
   __device__ __forceinline__ void copy(int row, int rows, const int* tokens) const {
     const int padded = (rows + kLiveRowsPadding - 1) / kLiveRowsPadding * kLiveRowsPadding;
     if (row >= min(padded, n)) return;
@@ -30,7 +31,7 @@ struct CopyLiveRows {
     // Two pointers that do not meet, so that loads need not wait for stores.
     const uint4* __restrict__ from = e + token * stride;
     uint4* __restrict__ to = out + static_cast<int64_t>(row) * vectors;
-#pragma unroll 4
+#pragma unroll kAhead
     for (int k = static_cast<int>(threadIdx.x) % kWarpLanes; k < vectors; k += kWarpLanes) {
       to[k] = counts ? __ldg(from + k) : uint4{0, 0, 0, 0};
     }
@@ -95,7 +96,7 @@ static __global__ void __launch_bounds__(kLiveThreads) live_rows_kernel(LiveRows
   __syncthreads();
   if (threadIdx.x == 0) *a.count = {rows, most == 0 ? 0 : ForwardSplits::splits_of(best)};
   if (a.rows.out == nullptr || rows == a.n) return;
-  for (int row = warp; row < a.n; row += kWarps) a.rows.copy(row, rows, a.tokens);
+  for (int row = warp; row < a.n; row += kWarps) a.rows.copy<2>(row, rows, a.tokens);
 }
 
 constexpr int kCopyLiveThreads = 256;
@@ -107,7 +108,7 @@ static __global__ void __launch_bounds__(kCopyLiveThreads)
   if (count == rows.n) return;
   constexpr int kWarps = kCopyLiveThreads / kWarpLanes;
   const int warp = static_cast<int>(threadIdx.x) / kWarpLanes;
-  rows.copy(static_cast<int>(blockIdx.x) * kWarps + warp, count, live.tokens);
+  rows.copy<4>(static_cast<int>(blockIdx.x) * kWarps + warp, count, live.tokens);
 }
 
 }  // namespace cce
