@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--without-kernels", action="store_true", help="have the operators allocate only")
     parser.add_argument("--compiled", action="store_true", help="torch.compile both as well")
+    parser.add_argument("--commit", help="for the results file, where there is no git to ask")
     parser.add_argument("--out", type=Path, help="where to save the figures as JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -109,7 +110,7 @@ def main() -> None:
     del stand_ins
     if args.out:
         meta = {"shape": [N, D, V], "dtype": str(dtype), "kernels": not args.without_kernels}
-        files.save(args.out, origin.machine(args.device, "bench.studies.overhead") | meta, rows)
+        files.save(args.out, origin.machine(args.device, "bench.studies.overhead", args.commit) | meta, rows)
         print(f"saved {args.out}")
 
 
