@@ -17,6 +17,7 @@ Written to --out: checkpoints, from the last of which --resume goes on, and at t
 
 import argparse
 import functools
+import gc
 import json
 import sys
 from collections.abc import Iterable
@@ -289,8 +290,7 @@ class TokenMeanTrainer(transformers.Trainer):
         return loss, *rest
 
 
-def main() -> int:
-    args = parse_args()
+def train(args: argparse.Namespace) -> None:
     arguments = training_arguments(args)  # joins the other processes, where there are any
     transformers.set_seed(args.seed)
     with arguments.main_process_first(desc="the text"):
@@ -313,9 +313,14 @@ def main() -> int:
     loss = trainer.evaluate()["eval_loss"]
     if trainer.is_world_process_zero():
         print(f"held-out loss {loss:.4f} after {trainer.state.global_step} steps; saved in {args.out}")
+
+
+def main() -> int:
+    train(parse_args())
     if torch.distributed.is_initialized():
         # Gloo's threads want the interpreter to let go of the last collective's tensors. On the way out it would wait
-        # for them, or abort: here, at a barrier, they get it.
+        # for them, or abort: here they get it. The wrapped model, which holds the group as well, must be gone before.
+        gc.collect()
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     return 0

@@ -35,6 +35,20 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Of `pytest -n 2`: a function's cases stay together, and all of tests/ranks, so that only one starts ranks."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFunction(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return "ranks" if nodeid.startswith("tests/ranks/") else nodeid.partition("[")[0]
+
+    # As collected: ordered by their number of cases, the few that take longest would come last.
+    config.option.loadscopereorder = False
+    return ByFunction(config, log)
+
+
 @pytest.fixture(scope="session")
 def host():
     """cce_host_tests: C++ that runs without a GPU, built on first use."""

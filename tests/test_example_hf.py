@@ -95,6 +95,26 @@ def test_two_processes_train_as_one(train, tmp_path):
     assert held_out_loss(two) == pytest.approx(held_out_loss(printed), abs=1e-3)
 
 
+# Whoever still holds the group when it is destroyed waits for its threads with the interpreter's lock, which they want.
+WATCHED = """
+import os, runpy, sys
+from pathlib import Path
+from torch import distributed
+
+def destroy(destroy=distributed.destroy_process_group):
+    destroy()
+    threads = [x.read_text().strip() for x in Path("/proc/self/task").glob("*/comm")]
+    if any("gloo" in x for x in threads):
+        print("threads of a destroyed group:", threads, file=sys.stderr, flush=True)
+        os._exit(1)
+
+distributed.destroy_process_group = destroy
+del sys.argv[0]
+sys.path.insert(0, str(Path(sys.argv[0]).parent))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 def test_the_held_out_loss_of_two_processes(train, tmp_path):
     """Seven held-out rows in batches of two: the Trainer fills the last one with rows that have been there already."""
@@ -104,7 +124,9 @@ def test_the_held_out_loss_of_two_processes(train, tmp_path):
     code, printed = train(*options)
     assert code == 0, printed
     folders = ("--out", str(tmp_path / "two"), "--cache", str(tmp_path / "cache"))
-    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    watched = tmp_path / "watched.py"
+    watched.write_text(WATCHED)
+    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(watched))
     two = output_of(*launch, str(EXAMPLES / "train_hf.py"), *TINY, *folders, *options)
     assert held_out_loss(two) == pytest.approx(held_out_loss(printed), abs=2e-4)
 

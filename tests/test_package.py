@@ -570,6 +570,8 @@ def test_from_a_clone_and_from_elsewhere(clone, editable, tmp_path):
         assert answer.rstrip().endswith(str(Path("cce_ext", "__init__.py")))
         assert (str(clone) in answer) == (folder == clone or editable)
         assert "--device" in run(python, folder, "-m", "cce_ext", "--help")
+    if editable:  # what follows runs in the clone, where either way the package is the clone's
+        return
     for arguments in (
         ["-m", "bench", "--help"],
         ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_layers.py"],

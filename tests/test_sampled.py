@@ -46,7 +46,7 @@ def backward(p, outputs, seed, tile_map=None, eps=EPS):
     )
 
 
-def deviations(p, outputs, tile_map=None, draws=2048):
+def deviations(p, outputs, tile_map=None, draws=1024):
     """Of each draw from the exact gradient, relative to it: for e, c and bias a [draws, elements]."""
     exact = oracle(p, *upstream(p))[2]
     stacks = zip(*(backward(p, outputs, 1000 + k, tile_map) for k in range(draws)), strict=True)

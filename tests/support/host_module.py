@@ -1,5 +1,6 @@
 """Builds and imports cce_host_tests: the C++ that runs without a GPU. Needs no torch."""
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -15,6 +16,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def _build(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # pytest -n has several processes that want it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _build_alone(folder)
+
+
+def _build_alone(folder: Path) -> None:
     cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
     configure = [
         cmake,
