@@ -37,7 +37,12 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Of `pytest -n 2`: a function's cases stay together, and all of tests/ranks, so that only one starts ranks."""
+    """Of `pytest -n 2`: a function's cases stay together, and all of tests/ranks, so that only one starts ranks.
+
+    A --dist of the command line is what is asked for.
+    """
+    if config.getoption("dist") != "load":
+        return None
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFunction(LoadScopeScheduling):
