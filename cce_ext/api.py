@@ -181,8 +181,8 @@ def linear_cross_entropy(
         return_lse: return (loss, lse); both are differentiable.
         filter_eps: the method's own eps. For "cce" the sampling eps in (0, 0.5], "auto" = 2^-8: a token's gradient
             visits at most 1/eps vocab tiles in expectation; smaller is closer to exact and dearer. On CUDA "auto" is
-            exact for at most 256 tokens, and D/8, of bf16, whose logits it keeps in 16 bits. For "cce_threshold"
-            the threshold in (0, 1), "auto" = finfo(dtype).eps / 32. None is the exact gradient.
+            exact for at most 256 tokens, and D/8, of bf16, whose logits it keeps in 16 bits (not with return_stats).
+            For "cce_threshold" the threshold in (0, 1), "auto" = finfo(dtype).eps / 32. None is the exact gradient.
         accum_e_fp32: accepted for compatibility. Gradients are always summed in fp32 (fp64 for fp64 inputs) and rounded
             once.
         accum_c_fp32: likewise.

@@ -185,7 +185,7 @@ class _LceLoss(torch.autograd.Function):
             elif count is not None:
                 g = g / count
             # An ignored token gets it as well: the operator masks it.
-            g = g.expand(len(nll))
+            g = g.expand(nll.shape[0])
         saved = (e, c, bias, targets, nll, lse, tile_map, None, seed)
         d_e, d_c, d_bias = gradients((g, g_lse, None), saved, None, options, ctx.needs_input_grad[:3])
         return d_e, d_c, d_bias, None, None, None, None
@@ -240,7 +240,7 @@ class _ReduceNll(torch.autograd.Function):
         loss, count = _call_kernel(call, nll, targets, **options)
         ctx.mark_non_differentiable(count)
         ctx.save_for_backward(count)
-        ctx.mean, ctx.n = options.get("mean", True), len(nll)
+        ctx.mean, ctx.n = options.get("mean", True), nll.shape[0]
         return loss, count
 
     @staticmethod

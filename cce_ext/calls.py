@@ -217,8 +217,9 @@ def _of_kernel(
     """The seed and the keywords of a call's lce_forward. scored: statistics or scales of its logits are wanted."""
     method, scan = resolve_method(options, call.e.dtype), options.scan
     trains = call.may_train and torch.is_grad_enabled()
-    keeps = trains and keeps_logits(call.e, method, options, scored)
-    if keeps:
+    # In a reentrant checkpoint's first pass too, which trains nothing: both are to draw alike.
+    few = call.may_train and keeps_logits(call.e, method, options, scored)
+    if few:
         method = EXACT
     keywords = {
         "ignore_index": options.ignore_index,
@@ -230,7 +231,7 @@ def _of_kernel(
         # The scan draws by the map itself.
         "need_map": scan is not None or (trains and method.needs_map),
     }
-    if keeps:
+    if few and trains:
         keywords["keep_logits"] = True
     if scan is not None:
         check_scan_call(scan, call.e, call.may_train)

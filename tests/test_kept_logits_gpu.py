@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from support.graphs import captured
 from support.ignored import CONTENTS, PATTERNS, live_of, masked, with_rows
 from support.problems import Problem, assert_as_good_as_dense, dense, full_of_nan, oracle, peaked, upstream
@@ -191,6 +192,20 @@ def test_compiled_and_in_a_graph(impl):
         assert torch.equal(x, y)
 
 
+def test_a_checkpoint_that_enters_twice():
+    """Its first pass trains nothing; both draw alike, or dropout behind the loss would have two masks."""
+    p = peaked(32, 512, 3000, dtype=torch.bfloat16, device="cuda").leaves()
+    masks = []
+
+    def segment(e):
+        loss = linear_cross_entropy(e, p.c, p.targets, reduction="none")
+        masks.append(torch.rand(32, device="cuda"))
+        return (loss * masks[-1]).sum()
+
+    torch.utils.checkpoint.checkpoint(segment, p.e, use_reentrant=True).backward()
+    assert len(masks) == 2 and torch.equal(*masks)
+
+
 def test_opcheck():
     p = peaked(20, 256, 700, dtype=torch.bfloat16, device="cuda").leaves()
     arguments = (p.e, p.c, None, p.targets, None)
@@ -199,7 +214,11 @@ def test_opcheck():
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"stats": 1}, "neither stats, scale nor scan"), ({"scale": True}, "neither stats, scale nor scan")],
+    [
+        ({"stats": 1}, "neither stats, scale nor scan"),
+        ({"scale": True}, "neither stats, scale nor scan"),
+        ({}, "for method exact, but method is sampled"),
+    ],
 )
 def test_what_the_forward_refuses(options, said):
     p = peaked(20, 256, 700, dtype=torch.bfloat16, device="cuda")
@@ -211,7 +230,7 @@ def test_what_the_forward_refuses(options, said):
 
 def test_what_the_backward_refuses():
     p = peaked(20, 256, 700, dtype=torch.bfloat16, device="cuda")
-    nll, lse, kept, *_ = ops.lce_forward(p.e, p.c, None, p.targets, None, keep_logits=True)
+    nll, lse, kept, *_ = ops.lce_forward(p.e, p.c, None, p.targets, None, method="exact", keep_logits=True)
     one = torch.ones(20, device="cuda")
     rest = (p.e, p.c, None, p.targets, nll, lse)
     with pytest.raises(RuntimeError, match="method exact takes, but method is sampled"):

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..layers import next_tokens
-from ..options import FilterEps, GradientOptions, Options, Scan
+from ..options import RETURN_STATS, FilterEps, GradientOptions, Options, Scan
 from .families import CLASSES, supported
 from .fused_head import has_fused_head, warning_setattr
 from .logits import PromisedLogits, PromisingHead
-from .stats import RETURN_STATS, TokenStats, stats_of
+from .stats import TokenStats, stats_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -10,9 +10,6 @@ from torch import distributed as dist
 
 from ..api import LossStats
 
-# Of linear_cross_entropy.
-RETURN_STATS = ("correct", "entropy")
-
 
 class TokenMeans(NamedTuple):
     """Of the tokens that count: scalars of the model's device, NaN where there were none.

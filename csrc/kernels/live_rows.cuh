@@ -6,8 +6,6 @@
 #include "kernels/live_rows.h"
 #include "tile/block_scan.cuh"
 #include "tile/constants.h"
-#include "tile/rows.h"
-#include "tile/swizzle.h"
 #include "tile/target.cuh"
 
 // The kernels that find the tokens that count, and copy their rows.

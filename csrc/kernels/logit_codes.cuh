@@ -12,8 +12,8 @@
 // The logits of few tokens in 16 bits each. The forward leaves them where reading C again would cost more
 // than they take, and the exact backward makes dz of them. A code says how far a logit lies below the largest
 // of its row in the vocab tile, in steps of 2^-10 of a factor two: p is right to 2^-11 log 2, 0.0003, a
-// sixth of what rounding dz to bf16 adds at most. fp16 adds as little itself, and is not asked for by
-// default.
+// sixth of what rounding dz to bf16 adds at most. fp16 adds as little itself:
+// cce_ext/few_tokens.py asks for bf16 alone.
 namespace cce {
 
 constexpr float kCodeSteps = 1024.0f;
@@ -74,13 +74,15 @@ __global__ void __launch_bounds__(kCodesThreads)
     const uint4 packed = __ldcs(reinterpret_cast<const uint4*>(a.codes.codes + at * kTileColumns) + lane);
     const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
     const int label = row.label - g.first_column - tile * kTileColumns - lane * kColumns;
+    // Of a row that is not a number all is not.
+    const bool sound = isfinite(row.a) && row.lse2 == row.lse2;
     const auto dz = [&](int column) {
       const uint32_t code = words[column / 2] >> column % 2 * 16 & 0xffff;
       const bool is_label = label == column, nothing = code == kCodeOfNothing;
-      if (nothing && !is_label) return 0.0f;
+      if (nothing && !is_label && sound) return 0.0f;
       // Not from the loss where the code says it: that is another sum than the log-sum-exp's, and of a
       // confident token p - 1 is what is left of their difference.
-      const float z = nothing ? row.lse2 * kLn2 - a.nll[token] : decode_logit(code, largest);
+      const float z = nothing && is_label ? row.lse2 * kLn2 - a.nll[token] : decode_logit(code, largest);
       float value = row.a * row.probability(z);
       if (is_label) value -= row.b;
       if (g.softcap.present()) value *= g.softcap.slope(z);

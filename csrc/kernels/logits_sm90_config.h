@@ -21,10 +21,9 @@ struct LogitsSm90 {
   static constexpr int kConsumerWarps = kConsumers * kWarpgroupThreads / kWarpLanes;
   static constexpr int kThreads = (kConsumers + 1) * kWarpgroupThreads;
 
-  // Bytes of a stage.
+  // Bytes of a stage's two parts, where E has so many rows.
   static constexpr int kTileE = kRows * kRowBytes;
   static constexpr int kTileC = kColumns * kRowBytes;
-  static constexpr int kStageBytes = kTileE + kTileC;
 
   // Registers of a thread: all begin with a third of the multiprocessor's each; the producer's go to the
   // consumers, who hold 128 sums.

@@ -98,15 +98,17 @@ struct LseFinishArguments {
 
 // Joins the partial log-sum-exps of each token, in their order. An ignored token's loss and lse are 0, and
 // its codes say "or less": nobody reads them, but an output is to be the same each time. Where logits are
-// kept, the grid has a row of blocks for each tile.
+// kept, the grid has rows of blocks for the tiles.
 static __global__ void __launch_bounds__(kLseFinishThreads) lse_finish_kernel(LseFinishArguments a) {
   const int index = static_cast<int>(blockIdx.x) * kLseFinishThreads + static_cast<int>(threadIdx.x);
   if (index >= a.n) return;
   if (a.codes.kept() && a.targets[index] == a.ignore_index) {
-    const int64_t at = static_cast<int64_t>(blockIdx.y) * a.n + index;
-    a.codes.largest()[at] = 0.0f;
-    auto* codes = reinterpret_cast<uint4*>(a.codes.codes + at * kTileColumns);
-    for (int k = 0; k < kTileColumns / 8; ++k) codes[k] = {0, 0, 0, 0};
+    for (int tile = static_cast<int>(blockIdx.y); tile < a.tiles; tile += static_cast<int>(gridDim.y)) {
+      const int64_t at = static_cast<int64_t>(tile) * a.n + index;
+      a.codes.largest()[at] = 0.0f;
+      auto* codes = reinterpret_cast<uint4*>(a.codes.codes + at * kTileColumns);
+      for (int k = 0; k < kTileColumns / 8; ++k) codes[k] = {0, 0, 0, 0};
+    }
   }
   if (blockIdx.y != 0) return;
   const LiveCount live = *a.live.count;

@@ -97,8 +97,8 @@ LaunchError launch_lce_forward(const LceForwardParams& p, const LceForwardPlan& 
   f.tiles = static_cast<int>(ceil_div(p.in.v, kTileColumns));
   f.codes = codes_of(p.codes, p.in);
   const auto blocks = static_cast<unsigned>(ceil_div(p.in.n, kLseFinishThreads));
-  // Beyond the grid's largest number of rows there are no few tokens: the operator refuses it.
-  const auto rows = f.codes.kept() ? static_cast<unsigned>(std::max(f.tiles, 1)) : 1u;
+  constexpr int kMostRows = 1024;
+  const auto rows = f.codes.kept() ? static_cast<unsigned>(std::min(f.tiles, kMostRows)) : 1u;
   lse_finish_kernel<<<dim3(blocks, rows), kLseFinishThreads, 0, on>>>(f);
   if (p.statistics != 0) {
     ScoreFinishArguments s;

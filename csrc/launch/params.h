@@ -104,7 +104,7 @@ struct LceForwardParams {
   int64_t partials;           // how many
   const float* scale;         // [n] contiguous, of the logits, or null: 1
   void* tile_map;             // [tiles, n] codes of 16 bits, or null
-  void* codes;                // the logits in 16 bits: [tiles, n, 258], or null; not where it is scored
+  void* codes;                // the logits in 16 bits, a LogitCodes, or null; not where it is scored
   float* nll;                 // [n]
   float* lse;                 // [n]
   ScanScratch scan;           // null unless the product is to be of 8 bits

@@ -25,9 +25,6 @@ using torch::stable::Tensor;
 
 constexpr const char* kOp = CCE_OPERATOR("lce_forward: ");
 
-// Of a CUDA grid.
-constexpr int64_t kGridRows = 65536;
-
 void check_scan(const std::string& scan, const std::string& method, double eps, bool need_map,
                 const std::optional<Tensor>& seed, bool others, const Tensor& e) {
   CCE_CHECK(scan == "fp8", kOp, "scan must be None or 'fp8', but is '", scan, "'");
@@ -58,8 +55,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lce_forward(
   const Tensor lse = allocate(e_in, {n}, ScalarType::Float);
   CCE_CHECK(!keep_logits || !(scan || scale || statistics != 0), kOp,
             "keep_logits goes with neither stats, scale nor scan");
-  CCE_CHECK(!keep_logits || tiles < kGridRows, kOp, "keep_logits serves a vocabulary of fewer than ",
-            kGridRows * kTileColumns, " columns");
+  CCE_CHECK(!keep_logits || method == "exact", kOp, "keep_logits is for method exact, but method is ",
+            method);
   const Tensor tile_map = keep_logits ? allocate(e_in, {tiles, n, kCodeWords}, ScalarType::Short)
                           : need_map  ? allocate(e_in, {tiles, n}, ScalarType::Short)
                                       : allocate(e_in, {0, 0}, ScalarType::Short);
