@@ -27,6 +27,12 @@ def device(request):
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """What a test draws is not to depend on those that ran before it, which `pytest -n 2` has others of each time."""
+    torch.manual_seed(0)
+
+
 def pytest_collection_modifyitems(items):
     reason = why_no_gpu()
     if reason:

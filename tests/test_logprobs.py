@@ -221,8 +221,8 @@ def test_confident_tokens(impl, gap, device):
     assert ((out.entropy - expected.entropy).abs() <= 2e-6 + 1e-5 * expected.entropy).all()
     ups = [None, None, upstream(p)[2]]
     for x, y in zip(gradients(out, leaf, ups), gradients(expected, exact, ups), strict=True):
-        # log p is a difference of two numbers of gap's size, and e is as large.
-        assert (x - y).abs().max() <= 2.0**-21 * gap * gap
+        # log p is a difference of two numbers of gap's size, and e is as large. A draw has its own noise besides.
+        assert (x - y).abs().max() <= 2.0**-21 * gap * gap * (4 if impl == "cce" else 1)
 
 
 @pytest.mark.parametrize("impl", ["cce", *EXACT])
