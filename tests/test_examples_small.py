@@ -63,7 +63,7 @@ def test_hf_trainer():
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     watched = (
         "import runpy, cce_ext.transformers as t; patch = t.cce_patch; "
-        "t.cce_patch = lambda model: (print('patched'), patch(model)); "
+        "t.cce_patch = lambda model, **options: (print('patched'), patch(model, **options)); "
         "runpy.run_path('examples/hf_trainer.py', run_name='__main__')"
     )
     printed = output_of("-c", watched)
