@@ -109,6 +109,7 @@ def destroy(destroy=distributed.destroy_process_group):
         os._exit(1)
 
 distributed.destroy_process_group = destroy
+sys.setswitchinterval(1000.0)  # as support/impolite.py, which says why
 del sys.argv[0]
 sys.path.insert(0, str(Path(sys.argv[0]).parent))
 runpy.run_path(sys.argv[0], run_name="__main__")

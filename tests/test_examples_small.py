@@ -13,6 +13,7 @@ from support.scripts import EXAMPLES, ROOT
 
 SMALL = ("minimal.py", "hf_trainer.py", "fsdp2_tp.py", "idea.ipynb")
 NOTEBOOK = EXAMPLES / "idea.ipynb"
+IMPOLITE = "tests/support/impolite.py"
 # On busy cores PyTorch's threads wait for each other for minutes.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 # The package of this clone, as in the tests themselves.
@@ -78,7 +79,7 @@ def test_hf_trainer():
 @pytest.mark.parametrize(("processes", "impl"), [(2, "cce"), (4, "cce_exact")])
 def test_fsdp2_times_tensor_parallel(processes, impl):
     """It compares its losses with one process's itself, and exits with 1 if they differ."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), IMPOLITE)
     printed = output_of(*launcher, "examples/fsdp2_tp.py", "--impl", impl)
     assert f"{processes // 2} x 2 processes, cpu; of the classifier [32768, 128] each has " in printed
     assert f"each has [{32768 // processes}, 128]" in printed
