@@ -217,8 +217,8 @@ def _of_kernel(
     """The seed and the keywords of a call's lce_forward. scored: statistics or scales of its logits are wanted."""
     method, scan = resolve_method(options, call.e.dtype), options.scan
     trains = call.may_train and torch.is_grad_enabled()
-    # In a reentrant checkpoint's first pass too, which trains nothing: both are to draw alike.
-    few = call.may_train and keeps_logits(call.e, method, options, scored)
+    # Whatever will be differentiated: a reentrant checkpoint's first pass does not show it, and is to draw alike.
+    few = keeps_logits(call.e, method, options, scored)
     if few:
         method = EXACT
     keywords = {

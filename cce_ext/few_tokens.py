@@ -19,14 +19,14 @@ LEAST_WIDTH_OF_A_TOKEN = 8  # of D for each of N
 
 
 def keeps_logits(e: Tensor, method: Method, options: Options, others: bool) -> bool:
-    """Whether a call on e [N, D] that will be differentiated keeps its logits, and is exact.
+    """Whether a call on e [N, D] is exact, and keeps its logits where it will be differentiated.
 
     A filter_eps that is a number is what is asked for: it samples. others: statistics or scales of its logits are
     wanted.
     """
     chosen = method.name == "exact" or (method.name == "sampled" and isinstance(options.filter_eps, str))
     # The gradient of fp16 is nearer than what 16 bits keep of a logit.
-    if not (chosen and e.is_cuda and e.dtype == torch.bfloat16):
+    if not (chosen and e.is_cuda and torch.version.hip is None and e.dtype == torch.bfloat16):
         return False
     if others or options.scan is not None:
         return False

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.problems import peaked
 from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
 
+from cce_ext import calls, linear_cross_entropy
 from cce_ext.few_tokens import LEAST_WIDTH_OF_A_TOKEN, MOST_TOKENS, is_few, keeps_logits
 from cce_ext.options import Options, resolve_method
 
@@ -53,6 +56,30 @@ def test_a_graph_of_any_number_of_tokens_keeps_none():
     assert graphs.frame_count == 1
     torch._dynamo.reset()
     assert torch.compile(f, fullgraph=True, dynamic=False, backend="eager")(torch.zeros(64, 4096)).all()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_reentrant_checkpoint_draws_alike(frozen, monkeypatch):
+    """Its first pass does not show that the call will be differentiated: nothing requires a gradient there."""
+    kept, forward = [], calls.lce_forward
+
+    def portable(*arguments, keep_logits=False, **keywords):
+        kept.append(keep_logits)
+        return forward(*arguments, **keywords)
+
+    monkeypatch.setattr(calls, "keeps_logits", lambda *_: True)
+    monkeypatch.setattr(calls, "lce_forward", portable)
+    p, masks = peaked(20, 16, 3000).leaves(), []
+    c = p.c.detach() if frozen else p.c
+
+    def segment(e):
+        loss = linear_cross_entropy(2 * e, c, p.targets, reduction="none")
+        masks.append(torch.rand(20))
+        return (loss * masks[-1]).sum()
+
+    checkpoint(segment, p.e, use_reentrant=True).backward()
+    assert torch.equal(*masks), "something was drawn in one of the passes only"
+    assert kept == [False, True]
 
 
 def test_the_portable_operator_refuses():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -104,7 +107,26 @@ def test_what_is_not_a_number_shows():
     p.e[3, 7] = torch.nan
     nll, _, _, (d_e, d_c) = run(p)
     assert nll.isnan().nonzero().flatten().tolist() == [3]
-    assert d_e[3].isnan().all() and d_c.isnan().any() and d_e[:3].isfinite().all() and d_e[4:].isfinite().all()
+    assert d_e[3].isnan().all() and d_c.isnan().all() and d_e[:3].isfinite().all() and d_e[4:].isfinite().all()
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf])
+def test_logits_that_are_infinite_show(value):
+    """With -inf all of a row's logits are, and its codes say that there is nothing in any tile."""
+    p = peaked(64, 512, 3000, dtype=torch.bfloat16, device="cuda")
+    p.c[:, 0] = p.c[:, 0].abs() + 0.1
+    p.e[3, 0] = value
+    nll, _, _, (d_e, d_c) = run(p)
+    assert nll.isfinite().logical_not().nonzero().flatten().tolist() == [3]
+    assert d_e[3].isnan().all() and d_c.isnan().all() and d_e[:3].isfinite().all() and d_e[4:].isfinite().all()
+
+
+def test_more_tiles_than_one_grid_has_rows():
+    """The codes of ignored tokens are written by a loop over tiles: all of them, also beyond its first round."""
+    p = masked(peaked(3, 64, 1025 * 256 + 1, dtype=torch.bfloat16, device="cuda"), "all but the last")
+    first, second = run(p), run(p)
+    assert torch.equal(first[2], second[2]), "an output is what it was, wherever it lies"
+    assert_right(p)
 
 
 @each_dtype
@@ -192,13 +214,14 @@ def test_compiled_and_in_a_graph(impl):
         assert torch.equal(x, y)
 
 
-def test_a_checkpoint_that_enters_twice():
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_checkpoint_that_enters_twice(frozen):
     """Its first pass trains nothing; both draw alike, or dropout behind the loss would have two masks."""
     p = peaked(32, 512, 3000, dtype=torch.bfloat16, device="cuda").leaves()
-    masks = []
+    c, masks = p.c.detach() if frozen else p.c, []
 
     def segment(e):
-        loss = linear_cross_entropy(e, p.c, p.targets, reduction="none")
+        loss = linear_cross_entropy(2 * e, c, p.targets, reduction="none")
         masks.append(torch.rand(32, device="cuda"))
         return (loss * masks[-1]).sum()
 
@@ -237,3 +260,12 @@ def test_what_the_backward_refuses():
         ops.lce_backward(one, None, None, *rest, kept, None, torch.ones(1, dtype=torch.int64, device="cuda"))
     with pytest.raises(RuntimeError, match=r"must be int16 \[3, 20, 258\]"):
         ops.lce_backward(one, None, None, *rest, kept[:2], None, None, method="exact")
+
+
+@pytest.mark.skipif("CCE_KERNELS" in os.environ, reason="this is that run")
+def test_the_kernels_of_older_gpus():
+    """All that looks at numbers."""
+    numbers = "fp64 or large_logits or infinite or confident or reach_nothing or masked or number or each_side or tiles"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", numbers]
+    done = subprocess.run(command, env=os.environ | {"CCE_KERNELS": "sm80"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

@@ -80,7 +80,8 @@ def cce_patch(
 
     Args:
         model_or_model_type: a model (or PEFT's wrapper of one), which alone is patched; or a model type such as "llama"
-            or a config, for the class: all its models, those that exist already as well.
+            or a config, for the class: all its models, those that exist already as well, unless a trainer of TRL has
+            given one its fused lm_head before.
         impl: as in linear_cross_entropy.
         reduction: "mean" as in Transformers: the sum over num_items_in_batch where the Trainer gives it, else the mean
             over the tokens that count (NaN if there are none). "sum", and "none", which is [B, T - 1], or has

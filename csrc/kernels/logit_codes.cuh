@@ -75,11 +75,12 @@ __global__ void __launch_bounds__(kCodesThreads)
     const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
     const int label = row.label - g.first_column - tile * kTileColumns - lane * kColumns;
     // Of a row that is not a number all is not.
-    const bool sound = isfinite(row.a) && row.lse2 == row.lse2;
+    const bool sound = isfinite(row.a) && isfinite(row.lse2);
     const auto dz = [&](int column) {
       const uint32_t code = words[column / 2] >> column % 2 * 16 & 0xffff;
       const bool is_label = label == column, nothing = code == kCodeOfNothing;
-      if (nothing && !is_label && sound) return 0.0f;
+      if (!sound) return NAN;
+      if (nothing && !is_label) return 0.0f;
       // Not from the loss where the code says it: that is another sum than the log-sum-exp's, and of a
       // confident token p - 1 is what is left of their difference.
       const float z = nothing && is_label ? row.lse2 * kLn2 - a.nll[token] : decode_logit(code, largest);

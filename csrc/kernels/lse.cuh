@@ -96,9 +96,9 @@ struct LseFinishArguments {
   int n, tiles;
 };
 
-// Joins the partial log-sum-exps of each token, in their order. An ignored token's loss and lse are 0, and
-// its codes say "or less": nobody reads them, but an output is to be the same each time. Where logits are
-// kept, the grid has rows of blocks for the tiles.
+// Joins the partial log-sum-exps of each token, in their order. An ignored token's loss, lse and codes are 0:
+// nobody reads the codes, but an output is to be the same each time. Where logits are kept, the grid has rows
+// of blocks for the tiles.
 static __global__ void __launch_bounds__(kLseFinishThreads) lse_finish_kernel(LseFinishArguments a) {
   const int index = static_cast<int>(blockIdx.x) * kLseFinishThreads + static_cast<int>(threadIdx.x);
   if (index >= a.n) return;

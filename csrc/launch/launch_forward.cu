@@ -98,7 +98,7 @@ LaunchError launch_lce_forward(const LceForwardParams& p, const LceForwardPlan& 
   f.codes = codes_of(p.codes, p.in);
   const auto blocks = static_cast<unsigned>(ceil_div(p.in.n, kLseFinishThreads));
   constexpr int kMostRows = 1024;
-  const auto rows = f.codes.kept() ? static_cast<unsigned>(std::min(f.tiles, kMostRows)) : 1u;
+  const auto rows = f.codes.kept() ? static_cast<unsigned>(std::clamp(f.tiles, 1, kMostRows)) : 1u;
   lse_finish_kernel<<<dim3(blocks, rows), kLseFinishThreads, 0, on>>>(f);
   if (p.statistics != 0) {
     ScoreFinishArguments s;

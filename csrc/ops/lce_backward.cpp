@@ -71,6 +71,10 @@ struct Visits {
   // Of what is done with before the ring is wanted, and of the ring, which takes its place.
   Workspace early, late;
 
+  // Not to be copied: a workspace keeps where in `scratch` it will write its parts.
+  Visits(const Visits&) = delete;
+  Visits& operator=(const Visits&) = delete;
+
   Visits(const LossInputs& in, const Sides& sides, const Tensor& e)
       : plan(plan_visits(in, sides.e, sides.c, sides.bias, device_limits(kOp, e))) {
     plan.wait_milliseconds = watchdog_milliseconds();
