@@ -328,7 +328,7 @@ def check_softcap(softcap: float | None) -> None:
     """Raises TypeError or ValueError for one that is no positive number. None is no softcap."""
     if softcap is not None and not is_a(softcap, "__float__"):
         raise TypeError(f"softcap: expected a positive number or None, got {softcap!r}")
-    if softcap is not None and not softcap > 0:
+    if softcap is not None and not 0 < softcap < float("inf"):
         raise ValueError(f"softcap: expected a positive number or None, got {softcap!r}")
 
 

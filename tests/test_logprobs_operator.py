@@ -307,6 +307,7 @@ BAD = [
     ({"logit_scale": 0}, ValueError, "logit_scale: expected a positive number, got 0"),
     ({"logit_scale": None}, TypeError, "logit_scale: expected a positive number, got None"),
     ({"softcap": -3.0}, ValueError, "softcap: expected a positive number or None, got -3.0"),
+    ({"softcap": float("inf")}, ValueError, "softcap: expected a positive number or None, got inf"),
     ({"impl": "fast"}, ValueError, "impl: expected one of .*, got 'fast'"),
     ({"filter_eps": 2.0}, ValueError, "filter_eps: the sampling eps must be in"),
     ({"shift": 20}, ValueError, "shift: expected 0 <= shift < 20"),
