@@ -130,7 +130,10 @@ class SoftTargets:
         """
         weights = self.weights.to(lse.dtype)
         # Not a gather, whose gradient PyTorch has on CUDA in no fixed order.
-        loss: Tensor = weights.masked_fill(~self._heaviest(), 0.0).sum(1) * nll
+        heaviest = weights.masked_fill(~self._heaviest(), 0.0).sum(1)
+        if not self.weights.requires_grad:  # as in pairs: a weight of 0 adds nothing, of a logit of -inf too
+            nll = nll.masked_fill((heaviest == 0) & (nll == float("inf")), 0.0)
+        loss: Tensor = heaviest * nll
         if z is None:
             return loss
         rest = weights.masked_fill(self._heaviest(), 0.0)
@@ -139,7 +142,7 @@ class SoftTargets:
             rest = rest.masked_fill(self.counts() & ~mine, nan)
             return loss + (rest * (lse[:, None] - z)).sum(1)
         own = (rest.masked_fill(~mine, 0.0) * z).sum(1)
-        total, found = sum_over_ranks(shard, torch.cat([own, mine.sum(1).to(own.dtype)])).split(len(own))
+        total, found = sum_over_ranks(shard, torch.cat([own, mine.sum(1).to(own.dtype)])).view(2, len(own))
         nowhere = found != self.counts().sum(1)
         if not torch.compiler.is_compiling() and may_look_at(self.targets) and bool(nowhere.any()):
             at = int(nowhere.int().argmax())

@@ -261,6 +261,22 @@ def test_a_masked_class_of_weight_zero(impl):
     assert ours(x, impl=impl, reduction="none").isinf().nonzero().flatten().tolist() == [3]
 
 
+@pytest.mark.parametrize("weights", [[0.0, 0.0], [0.0, -1.0], [0.0]], ids=str)
+@pytest.mark.parametrize("impl", ["cce_exact", "reference"])
+def test_a_masked_class_of_weight_zero_that_is_the_heaviest(impl, weights):
+    """Padding, whose weights are all 0, over a masked vocabulary."""
+    e, c, bias = torch.randn(3, 8, requires_grad=True), torch.randn(20, 8), torch.zeros(20)
+    bias[5] = -float("inf")
+    targets = torch.tensor([[5, 7], [6, 7], [5, 5]])[:, : len(weights)]
+    given = torch.tensor([weights, [0.5] * len(weights), [0.0] * len(weights)])
+    loss = linear_cross_entropy(e, c, targets, bias, target_weights=given, impl=impl, reduction="none")
+    log_p = (e @ c.T + bias).log_softmax(1).gather(1, targets)
+    expected = -(given * log_p).masked_fill(given == 0, 0.0).sum(1)
+    torch.testing.assert_close(loss, expected)
+    (mine,), (theirs,) = (torch.autograd.grad(x.sum(), e, retain_graph=True) for x in (loss, expected))
+    torch.testing.assert_close(mine, theirs)
+
+
 def test_ignore_index_among_the_classes():
     x = soft(60, 16, 300, 5, dtype=torch.float64)
     x.targets[x.targets == -100] = 7

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.sharded import (
     BATCH,
+    DEVICE,
     EXACT,
     LENGTH,
     VOCAB,
@@ -60,6 +61,17 @@ def test_uneven_shards(k, ranks):
     edges = [0, 5, VOCAB] if ranks == 2 else [0, 5, 6, 300, VOCAB]
     at = ranks - 1 - dist.get_rank()
     check_shards(problem(k), VocabParallelOptions(edges[at], edges[at + 1]), impl="cce_exact")
+
+
+@several
+def test_no_tokens(k):
+    options = VocabParallelOptions.from_vocab(VOCAB)
+    c = torch.randn(options.stop - options.start, WIDTH, device=DEVICE, requires_grad=True)
+    targets = torch.zeros(0, k, dtype=torch.int64, device=DEVICE)
+    more = {"target_weights": torch.ones(0, k, device=DEVICE), "vocab_parallel_options": options}
+    loss = linear_cross_entropy(torch.zeros(0, WIDTH, device=DEVICE), c, targets, reduction="sum", **more)
+    loss.backward()
+    assert loss == 0 and c.grad.count_nonzero() == 0
 
 
 @two_ranks
