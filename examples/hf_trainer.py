@@ -10,13 +10,17 @@ examples/train_hf.py is the same with everything: pretrained models, instruction
 """
 
 import re
+import sys
 import tempfile
 from pathlib import Path
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+try:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
-from cce_ext.transformers import cce_patch, cce_unpatch
+    from cce_ext.transformers import cce_patch, cce_unpatch
+except ModuleNotFoundError as error:
+    sys.exit(f'error: {error.name} is not installed: pip install ".[transformers]"')
 
 CONTEXT = 128
 

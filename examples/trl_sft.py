@@ -1,4 +1,4 @@
-"""About a minute on two CPU cores: TRL's SFTTrainer with linear_logprobs in the place of its fused lm_head.
+"""Less than a minute on two CPU cores: TRL's SFTTrainer with linear_logprobs in the place of its fused lm_head.
 
     python examples/trl_sft.py              # --steps 200, the sampled gradient
     python examples/trl_sft.py --impl trl   # TRL's own
