@@ -28,7 +28,7 @@ from bench.peers.methods import EPS, METHODS
 from bench.problems import inputs, shapes
 from bench.problems.statistics import statistics
 from bench.report import files, origin, plot, tables
-from bench.studies import backward, overhead, portable, ranks
+from bench.studies import backward, energy, overhead, portable, ranks
 from cce_ext import linear_cross_entropy, reference
 from cce_ext import portable as portable_kernels
 from cce_ext.measure import phase_peaks
@@ -415,6 +415,7 @@ def test_arguments():
         "bench.studies.backward plot",
         "bench.studies.distributed",
         "bench.studies.distributed predict",
+        "bench.studies.energy",
         "bench.studies.overhead",
         "bench.studies.portable",
         "bench.studies.ranks",
@@ -442,6 +443,29 @@ def test_committed_results(file):
     kind = files.check(json.loads(text))
     assert kind == re.split("[_.]", file.name)[0]
     assert "NaN" not in text and "Infinity" not in text
+
+
+def test_energy_of_calls(monkeypatch):
+    class Counter:
+        def __init__(self):
+            self.total = 0
+
+        def millijoules(self):
+            self.total += 500
+            return self.total
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(energy, "lm", lambda *shape, dtype, device: inputs.lm(*shape, dtype=dtype, device="cpu"))
+    names = [name for name in energy.NAMES if name != "cce_fp8"]  # of Hopper alone
+    rows = energy.of_shape(shapes.Shape("small", 64, 64, 300), names, 0.001, Counter())
+    assert [row["method"] for row in rows] == names and names[0] == "mm"
+    assert rows[0]["x_mm_runtime_ms"] == rows[0]["x_mm_joules"] == 1
+    for row in rows:
+        assert row["watts"] == pytest.approx(1e3 * row["joules"] / row["runtime_ms"])
+        assert row["x_mm_joules"] == row["joules"] / rows[0]["joules"]
+    assert files.check({"meta": origin.machine("cpu", "bench.studies.energy", "abc"), "rows": rows}) == "energy"
+    with pytest.raises(ValueError, match="nothing taken"):
+        files.check({"meta": origin.machine("cpu", "x", "abc"), "rows": [rows[0] | {"joules": 0.0}]})
 
 
 def test_plot_of_a_backward(tmp_path, monkeypatch):

@@ -53,6 +53,10 @@ _ACCURACY_ROW = {
     *("shape", "n", "d", "v", "data", "method", "note"),
     *("logprobs_max", "logprobs_rms", "entropy_max", "entropy_rms"),
 }
+_ENERGY_ROW = {
+    *("shape", "n", "d", "v", "method", "runtime_ms", "joules", "watts"),
+    *("x_mm_runtime_ms", "x_mm_joules"),
+}
 # packaging/try_torches.py: "ok" or what went wrong, and where a row is from, since several runs make up a file.
 _TORCH_VERSION_ROW = {
     *("version", "torch", "python", "import", "opcheck", "compile", "step"),
@@ -104,6 +108,11 @@ def check(result: dict[str, Any]) -> str:
             filled = all(isinstance(row[name], str) and row[name] for name in _TORCH_VERSION_ROW - {"torch", "python"})
             _require(filled, f"row of torch {row['version']}: something is empty or no text")
         return "torch"
+    if "joules" in rows[0]:
+        for row in rows:
+            _require(set(row) == _ENERGY_ROW, f"an energy row has {sorted(row)}")
+            _require(all(row[of] > 0 for of in ("runtime_ms", "joules")), f"energy row {row['method']}: nothing taken")
+        return "energy"
     if "kernel" in rows[0]:
         for row in rows:
             _require(set(row) in _BACKWARD_ROWS, f"a backward row has {sorted(row)}")
