@@ -265,19 +265,20 @@ def _combined_statistics(
 ) -> tuple[list[Tensor], Tensor | None]:
     """stats and argmax from the ranks' numbers after their lses [R, N], each [R, N]; lse: [N] of the whole."""
     found, argmax = [torch.zeros_like(lse) for _ in range(STATS_ROWS)], None
+    numbers = iter(rest)
     # Of a shard without a finite logit there is nothing.
     empty = lses == -float("inf")
     log_share = (lses - lse).masked_fill(empty, 0.0)
     if stats & ENTROPY:
-        part = log_share.exp() * (rest.pop(0).masked_fill(empty, 0.0) - log_share)
+        part = log_share.exp() * (next(numbers).masked_fill(empty, 0.0) - log_share)
         found[0] = part.masked_fill(empty, 0.0).sum(0)
     if stats & LOG_SUM_SQ_PROBS:
-        found[1] = (rest.pop(0) + 2 * log_share).masked_fill(empty, -float("inf")).logsumexp(0).detach()
+        found[1] = (next(numbers) + 2 * log_share).masked_fill(empty, -float("inf")).logsumexp(0).detach()
     if stats & MEAN_LOGITS:
-        total, count = rest.pop(0), rest.pop(0)
+        total, count = next(numbers), next(numbers)
         found[2] = (total.sum(0) / count.sum(0)).detach()
     if stats & MAXIMUM:
-        logit, high, low = (x.detach() for x in rest)
+        logit, high, low = (x.detach() for x in numbers)
         largest = logit.amax(0)
         column = high.to(torch.int64) * _COLUMNS + low.to(torch.int64)
         # The first of those that have it; NaN is the largest.

@@ -31,7 +31,8 @@ several = pytest.mark.parametrize("k", [1, 5])
 
 
 def problem(k: int = 5, **options) -> Soft:
-    return soft(BATCH * LENGTH, WIDTH, VOCAB, k, **{"dtype": torch.float64, "bias": True, **options})
+    options = {"dtype": torch.float64, "device": DEVICE, "bias": True, **options}
+    return soft(BATCH * LENGTH, WIDTH, VOCAB, k, **options)
 
 
 def check_shards(x, options, function=linear_cross_entropy, softcap=None, **more):
@@ -225,7 +226,7 @@ def test_dtensor_weights_that_require_a_gradient(mesh):
     """Where they have weight: of what adds nothing dense torch leaves the gradient out here."""
     x = problem()
     e, targets = x.p.e.view(BATCH, LENGTH, -1), x.targets.view(BATCH, LENGTH, -1)
-    weights = torch.ones(BATCH, LENGTH, 5, dtype=torch.float64)
+    weights = torch.ones(BATCH, LENGTH, 5, dtype=torch.float64, device=DEVICE)
     d_e, d_targets, d_weights = (distribute_tensor(y, mesh, [S(0)]) for y in (e, targets, weights))
     d_weights.requires_grad_()
     d_c, d_bias = (distribute_tensor(y, mesh, [R]) for y in (x.p.c, x.p.bias))

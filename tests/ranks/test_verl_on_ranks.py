@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.sharded import assert_same_everywhere
+from support.sharded import DEVICE, assert_same_everywhere
 from torch import distributed as dist
 from torch.nn import functional as F
 
@@ -17,13 +17,13 @@ ROWS, WIDTH, TOKENS = 150, 16, 24
 def test_tensor_parallel(ranks, reduction):
     """Outputs of the whole vocabulary, on all ranks. Of hidden's gradient each rank has a part, as verl's have."""
     torch.manual_seed(4)
-    hidden = torch.randn(TOKENS, 1, WIDTH, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(ranks * ROWS, WIDTH, dtype=torch.float64)
-    labels = torch.randint(ranks * ROWS, (1, TOKENS))
+    hidden = torch.randn(TOKENS, 1, WIDTH, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    weight = torch.randn(ranks * ROWS, WIDTH, dtype=torch.float64, device=DEVICE)
+    labels = torch.randint(ranks * ROWS, (1, TOKENS), device=DEVICE)
     at = dist.get_rank() * ROWS
     own = weight[at : at + ROWS].clone().requires_grad_()
     found = linear_cross_entropy(hidden, own, labels, 0.7, reduction, dist.group.WORLD, impl="cce_exact")
-    upstream = [torch.randn(x.shape, dtype=x.dtype) for x in found]
+    upstream = [torch.randn_like(x) for x in found]
     of_hidden, of_rows = torch.autograd.grad(found, (hidden, own), upstream)
 
     weight.requires_grad_()
@@ -44,7 +44,7 @@ def test_a_group_of_one():
     """Which is what Megatron gives without tensor parallelism."""
     groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
     torch.manual_seed(4)
-    hidden, weight = torch.randn(TOKENS, WIDTH), torch.randn(ROWS, WIDTH)
-    labels = torch.randint(ROWS, (TOKENS,))
+    hidden, weight = (torch.randn(n, WIDTH, device=DEVICE) for n in (TOKENS, ROWS))
+    labels = torch.randint(ROWS, (TOKENS,), device=DEVICE)
     found = linear_cross_entropy(hidden, weight, labels, 1.0, "none", groups[dist.get_rank()])
     torch.testing.assert_close(found[0], -F.cross_entropy(hidden @ weight.T, labels, reduction="none"))
