@@ -82,26 +82,38 @@ def test_the_diff():
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)
 
 
-def figures(file: str, shape: str, method: str) -> list[str]:
-    """Of forward + backward in a results file, as README writes them: time, memory, errors."""
+FILE = "bench_h200.json"
+
+
+def results(file: str, shape: str) -> list[dict[str, Any]]:
+    """The rows of forward + backward in a results file."""
     rows = json.loads((README.parent / "bench" / "results" / file).read_text())["rows"]
-    (row,) = [r for r in rows if (r["shape"], r["method"], r["kind"]) == (shape, method, "loss-fw-bw")]
+    return [r for r in rows if (r["shape"], r["kind"]) == (shape, "loss-fw-bw")]
+
+
+def figures(file: str, shape: str, method: str) -> list[str]:
+    """As README writes them: time, memory, errors."""
+    (row,) = [r for r in results(file, shape) if r["method"] == method]
     time = f"{row['runtime_ms']:.2f} ms ({row['x_mm']:.2f} ×)"
     return [time, f"{row['op_mem_mb']:.0f} MB", f"{row['de_err']:.3f}, {row['dc_err']:.3f}"]
 
 
-@pytest.mark.parametrize(
-    ("name", "shape", "dense"),
-    [
-        ("Gemma 2", "gemma2", "bench_h200_eps.json"),
-        ("Llama 3", "llama3", "bench_h200_eps.json"),
-        ("GPT-2", "gpt2", "bench_h200.json"),
-        ("real", "8192,1024,131072", "bench_h200_eps.json"),
-    ],
-)
-def test_the_results_table(name, shape, dense):
-    """It says what the files say."""
+NAMES = {"Gemma 2": "gemma2", "Llama 3": "llama3", "GPT-2": "gpt2", "real": "8192,1024,131072"}
+
+
+def rows_of_tables(name: str) -> list[list[str]]:
+    """The cells after the first of each row that begins with a name."""
     lines = README.read_text(encoding="utf-8").splitlines()
-    (row,) = [line for line in lines if line.startswith(f"| {name}") and " MB |" in line]
-    cells = [cell.strip(" *") for cell in row.strip("|").split("|")][1:]
-    assert cells == figures("bench_h200_lm_live.json", shape, "cce") + figures(dense, shape, "baseline")
+    rows = [line.strip("|").split("|") for line in lines if line.startswith(f"| {name}")]
+    return [[cell.strip(" *") for cell in row[1:]] for row in rows]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_results_tables(name):
+    """They say what the file says."""
+    ours_and_dense, others = rows_of_tables(name)
+    assert ours_and_dense == figures(FILE, NAMES[name], "cce") + figures(FILE, NAMES[name], "baseline")
+    methods = ("cce", "cce_fp8", "cce_exact", "compiled_baseline", "apple_cce", "liger")
+    rows = {r["method"]: r for r in results(FILE, NAMES[name])}
+    times = [f"{rows[m]['runtime_ms']:#.3g}".rstrip(".") for m in methods]
+    assert others == [f"{time} ms, {rows[m]['de_err']:.3f}" for time, m in zip(times, methods, strict=True)]

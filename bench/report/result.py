@@ -17,6 +17,8 @@ from .plot import STYLES, measured, number_ticks, place
 NAMES = {
     "baseline": "PyTorch",
     "torch_compile": "PyTorch, compiled",
+    "compiled_baseline": "PyTorch, compiled",
+    "cce_fp8": "cce, 8-bit scan",
     "apple_cce": "Apple cce",
     "apple_cce_exact": "Apple cce_exact",
     "liger": "Liger",
