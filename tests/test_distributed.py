@@ -94,6 +94,20 @@ def test_prediction():
     assert model.predict(200000, 8, 1e7)["reduce"] > p["reduce"]
 
 
+@pytest.mark.parametrize("name", ["distributed_h200.json", "distributed_4_h200.json"])
+def test_the_memory_is_what_was_measured(name):
+    """To 1 %, but for c and e, which were there before."""
+    rows = json.loads((TESTS.parent / "bench/results" / name).read_text())["rows"]
+    measured = [r for r in rows if r["kind"] == "loss-fw-bw" and r["op_mem_mb"] is not None]
+    assert len(measured) == 4
+    for row in measured:
+        ranks = row["ranks"] if row["method"] == "vocab_parallel" else 1
+        shard = row["v"] // ranks
+        given = 2 * row["d"] * (shard + row["n"])
+        memory = distributed.memory_bytes(row["n"], row["d"], shard, ranks) - given
+        assert memory / 2**20 == pytest.approx(row["op_mem_mb"], rel=0.01)
+
+
 def test_mistakes_of_the_benchmark(monkeypatch, capsys, tmp_path):
     other = tmp_path / "other.json"
     other.write_text((TESTS.parent / "bench/results/overhead_cpu.json").read_text())

@@ -214,6 +214,7 @@ def test_llama(monkeypatch):
 
     Its layers are left out: their attention has no backward on a CPU.
     """
+    pytest.importorskip("triton", reason="triton is not installed: torchtitan's models import it")
     titan = fresh_import(monkeypatch)
     from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
     from torchtitan.models.llama3 import model_registry

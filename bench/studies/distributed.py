@@ -38,9 +38,6 @@ from ..report import files, origin
 
 DEFAULT_SHAPES = {"cuda": ["gemma2", "8192,4096,262144"], "cpu": ["512,128,8192"]}
 VOCABULARIES, RANKS = (256000, 1 << 20), (2, 8, 64, 1024)
-# What the loss needs a token besides what grows with the width and the vocabulary: docs/faq.md, "Limits".
-TOKEN_BYTES = 2.3e3
-LENT_FROM = 12  # rows of c a token from which dE's sums lie in dC
 
 
 class Together(LossStep):
@@ -197,9 +194,15 @@ def all_reduce_bytes(n: int, d: int, ranks: int) -> float:
 
 
 def memory_bytes(n: int, d: int, rows: int, ranks: int) -> float:
-    """On a rank, in bf16: c and e with their gradients, dE's sum, the tile map, and the loss's own for tokens."""
-    sums = 0.0 if rows >= LENT_FROM * n else 4.0 * d * n
-    return 4.0 * d * (rows + n) + sums + n * (rows / 128 + rows / 1024 + TOKEN_BYTES + 8.0 * ranks)
+    """On a rank, in bf16: c and e with their gradients, and the most that is there beside them: docs/faq.md, "Limits".
+
+    That is what the backward needs, or the gradient of e once more, which an all-reduce returns.
+    """
+    ring = 3.9e3 * n if n >= 5462 else 12.6e6 + 1.5e3 * n
+    lent = rows >= 6 * (2 * n + n * rows / 256 / d)  # dE's sums and the residual masses lie in dC
+    sums = 0.0 if lent else n * (4.0 * d + rows / 128)
+    backward = ring + sums + n * (rows / 128 + rows / 500 + 8.0 * ranks) + d * rows / 60
+    return 4.0 * d * (rows + n) + max(backward, 2.0 * n * d)
 
 
 def predict(rows: list[Row], network: float | None, node: int) -> str:

@@ -12,8 +12,9 @@ from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-if importlib.util.find_spec("torchtitan") is None:
-    pytest.skip("torchtitan is not installed: pip install torchtitan", allow_module_level=True)
+for _name in ("torchtitan", "triton"):  # torchtitan's models import triton
+    if importlib.util.find_spec(_name) is None:
+        pytest.skip(f"{_name} is not installed: pip install {_name}", allow_module_level=True)
 
 TOKENS = 16
 
