@@ -15,6 +15,8 @@ from torch import distributed as dist
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _is_fwd_grad_enabled, unpack_dual
 
+from .scalars import check_number, is_a
+
 if TYPE_CHECKING:
     from .vocab_parallel import VocabParallelOptions
 
@@ -326,10 +328,8 @@ def unwrapped(x: Tensor) -> Tensor:
 
 def check_softcap(softcap: float | None) -> None:
     """Raises TypeError or ValueError for one that is no positive number. None is no softcap."""
-    if softcap is not None and not is_a(softcap, "__float__"):
-        raise TypeError(f"softcap: expected a positive number or None, got {softcap!r}")
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"softcap: expected a positive number or None, got {softcap!r}")
+    if softcap is not None:
+        check_number("softcap", softcap, "a positive number or None")
 
 
 def check_label_smoothing(label_smoothing: float, softcap: float | None) -> None:
@@ -367,11 +367,6 @@ def check_weight(weight: Tensor | None, c: Tensor | None = None) -> None:
         raise ValueError("weight: expected a plain tensor like c, got a DTensor; give its to_local()")
     if weight.device != c.device:
         raise ValueError(f"weight: expected {c.device} like e, got {weight.device}")
-
-
-def is_a(x: object, conversion: str) -> bool:
-    """Whether x is a number that has this conversion, of whatever library. Dynamo's symbolic numbers are not asked."""
-    return torch.compiler.is_compiling() or hasattr(x, conversion)
 
 
 def check_tensors(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, names: Names = NAMES) -> None:

@@ -264,6 +264,7 @@ def test_label_logits_against_a_gather(device):
 
 
 E, C, T, B = torch.randn(4, 8), torch.randn(20, 8), torch.tensor([0, 1, 2, 3]), torch.randn(20)
+LEARNT = nn.Parameter(torch.tensor(30.0))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -289,6 +290,8 @@ E, C, T, B = torch.randn(4, 8), torch.randn(20, 8), torch.tensor([0, 1, 2, 3]), 
         ((E, C, T), {"reduction": "max"}, ValueError, "reduction: .* got 'max'"),
         ((E, C, T), {"softcap": 0.0}, ValueError, "softcap: .* got 0.0"),
         ((E, C, T), {"softcap": "30"}, TypeError, "softcap: .* got '30'"),
+        ((E, C, T), {"softcap": LEARNT}, ValueError, "softcap: .* got a tensor that requires a gradient: it is given"),
+        ((E, C, T), {"softcap": torch.ones(2)}, ValueError, r"softcap: .* or None, got a tensor of shape \[2\]"),
         ((E, C, T), {"ignore_index": "x"}, TypeError, "ignore_index: expected an integer or None, got 'x'"),
         ((E, C, T), {"shift": "a"}, TypeError, "shift: expected an integer or a bool, got 'a'"),
         ((E, C, T), {"shift": 4}, ValueError, "shift: expected 0 <= shift < 4, .* got 4"),
@@ -300,6 +303,13 @@ E, C, T, B = torch.randn(4, 8), torch.randn(20, 8), torch.tensor([0, 1, 2, 3]), 
 def test_mistakes_name_the_argument(impl, args, options, exception, message):
     with pytest.raises(exception, match=message):
         linear_cross_entropy(*args, impl=impl, **options)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_softcap_may_be_a_tensor_of_one_number(impl):
+    for softcap in (LEARNT.detach(), LEARNT.detach()[None]):
+        loss = linear_cross_entropy(E, C, T, softcap=softcap, impl=impl)
+        torch.testing.assert_close(loss, linear_cross_entropy(E, C, T, softcap=30.0, impl=impl))
 
 
 @pytest.mark.parametrize(
