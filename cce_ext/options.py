@@ -432,10 +432,17 @@ def check_shift(shift: int, targets: Tensor) -> int:
     return shift
 
 
-def check_ignore_index(ignore_index: int | None) -> None:
-    """Raises TypeError for one that is neither an integer nor None."""
-    if ignore_index is not None and not is_a(ignore_index, "__index__"):
+def check_ignore_index(ignore_index: int | None, targets: Tensor | None = None) -> None:
+    """Raises TypeError for one that is neither an integer nor None, ValueError for one that no target can have.
+
+    In 32 bits such a number would be compared, without a word, as what its low half is.
+    """
+    if ignore_index is None:
+        return
+    if not is_a(ignore_index, "__index__"):
         raise TypeError(f"ignore_index: expected an integer or None, got {ignore_index!r}")
+    if targets is not None and targets.dtype == torch.int32 and not -(2**31) <= ignore_index < 2**31:
+        raise ValueError(f"ignore_index: expected a number of int32, which targets are, or None, got {ignore_index}")
 
 
 def _shape(x: Tensor) -> list[int]:

@@ -293,6 +293,8 @@ LEARNT = nn.Parameter(torch.tensor(30.0))
         ((E, C, T), {"softcap": LEARNT}, ValueError, "softcap: .* got a tensor that requires a gradient: it is given"),
         ((E, C, T), {"softcap": torch.ones(2)}, ValueError, r"softcap: .* or None, got a tensor of shape \[2\]"),
         ((E, C, T), {"ignore_index": "x"}, TypeError, "ignore_index: expected an integer or None, got 'x'"),
+        ((E, C, T.int()), {"ignore_index": 2**31}, ValueError, "ignore_index: .* int32.*, got 2147483648"),
+        ((E, C, T.int()), {"ignore_index": -(2**40), "shift": 1}, ValueError, "ignore_index: .*, got -1099511627776"),
         ((E, C, T), {"shift": "a"}, TypeError, "shift: expected an integer or a bool, got 'a'"),
         ((E, C, T), {"shift": 4}, ValueError, "shift: expected 0 <= shift < 4, .* got 4"),
         ((E, C, T), {"shift": -1}, ValueError, "shift: .* got -1"),
@@ -303,6 +305,16 @@ LEARNT = nn.Parameter(torch.tensor(30.0))
 def test_mistakes_name_the_argument(impl, args, options, exception, message):
     with pytest.raises(exception, match=message):
         linear_cross_entropy(*args, impl=impl, **options)
+
+
+@pytest.mark.parametrize("impl", EAGER)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_int32_has_every_ignore_index_of_its_own(impl, shift):
+    for ignore_index in (-(2**31), 2**31 - 1):
+        targets = torch.tensor([0, 1, ignore_index, 3], dtype=torch.int32)
+        options = {"shift": shift, "reduction": "none", "impl": impl}
+        loss = linear_cross_entropy(E, C, targets, ignore_index=ignore_index, **options)
+        assert torch.equal(loss, linear_cross_entropy(E, C, torch.tensor([0, 1, -100, 3]), **options))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
