@@ -233,6 +233,12 @@ def test_z_loss_errors():
     ):
         with pytest.raises(TypeError, match=message):
             compute_z_loss(lse, targets)
+    for targets in (None, torch.tensor([0, 1])):
+        for ignore_index in (1.5, "x"):
+            with pytest.raises(TypeError, match=f"ignore_index: expected an integer or None, got {ignore_index!r}"):
+                compute_z_loss(torch.zeros(2), targets, ignore_index=ignore_index)
+    with pytest.raises(ValueError, match="ignore_index: expected a number of int32, .*, got 1099511627776"):
+        compute_z_loss(torch.zeros(2), torch.tensor([0, 1], dtype=torch.int32), ignore_index=2**40)
 
 
 def test_function_and_module_take_the_options():
