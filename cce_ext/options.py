@@ -15,7 +15,7 @@ from torch import distributed as dist
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _is_fwd_grad_enabled, unpack_dual
 
-from .scalars import check_number, is_a
+from .scalars import check_number, check_of_tokens, is_a
 
 if TYPE_CHECKING:
     from .vocab_parallel import VocabParallelOptions
@@ -107,6 +107,7 @@ class Options:
         """Raises ValueError and TypeError for options that no call could take."""
         check_ignore_index(self.ignore_index)
         check_reduction(self.reduction, self.mean_group)
+        check_shift(self.shift)
         check_return_stats(self.return_stats)
         check_generator(self.generator)
         check_softcap(self.softcap)
@@ -119,9 +120,11 @@ class Options:
             )
         if self.impl not in DENSE:
             resolve_method(self, torch.float32)
-        from .scan import check_scan  # which is of these options
+        from .scan import check_scan  # which is of these options, as the other is
+        from .vocab_parallel import check_options
 
         check_scan(self)
+        check_options(self.vocab_parallel_options)
 
 
 class GradientOptions(TypedDict, total=False):
@@ -231,17 +234,6 @@ def check_eps(method: str, eps: float, argument: str) -> None:
         raise ValueError(f"{argument}: the sampling eps must be in (0, 0.5], got {eps!r}")
     if method == "threshold" and not 0 < eps < 1:
         raise ValueError(f"{argument}: the threshold must be in (0, 1), got {eps!r}")
-
-
-def check_of_tokens(name: str, x: Tensor, e: Tensor) -> None:
-    """x [N], a number for each token e [N, D], in the dtype of sums. Raises TypeError or ValueError."""
-    dtype = torch.promote_types(e.dtype, torch.float32)
-    if x.dtype != dtype:
-        raise TypeError(f"{name}: expected {dtype} for e of {e.dtype}, got {x.dtype}")
-    if x.shape != e.shape[:1]:
-        raise ValueError(f"{name}: expected [{len(e)}], one for each token, got {_shape(x)}")
-    if x.device != e.device:
-        raise ValueError(f"{name}: expected {e.device} like e, got {x.device}")
 
 
 def check_generator(generator: torch.Generator | None, device: torch.device | None = None) -> None:
@@ -421,11 +413,15 @@ def check_inputs(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, nam
             raise ValueError(f"{name}: expected {e.device} like {names.e}, got {x.device}")
 
 
-def check_shift(shift: int, targets: Tensor) -> int:
-    """shift as an int in [0, T), T being the targets' last dimension. Raises ValueError for one outside of it."""
+def check_shift(shift: int, targets: Tensor | None = None) -> int:
+    """shift as an int in [0, T), T the targets' last dimension, without them any. Raises TypeError, ValueError."""
     if not is_a(shift, "__index__"):
         raise TypeError(f"shift: expected an integer or a bool, got {shift!r}")
     shift = int(shift)
+    if targets is None:
+        if shift < 0:
+            raise ValueError(f"shift: expected 0 <= shift, got {shift}")
+        return shift
     length = targets.shape[-1] if targets.dim() else 0
     if shift != 0 and not 0 <= shift < length:
         raise ValueError(f"shift: expected 0 <= shift < {length}, the last dimension of targets, got {shift}")

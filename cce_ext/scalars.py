@@ -1,4 +1,4 @@
-"""Numbers among the arguments: what they must be. Every error names the argument and what it was."""
+"""Numbers, of a call or of each token: what they must be. Errors name the argument and what it was."""
 
 from __future__ import annotations
 
@@ -27,3 +27,14 @@ def check_number(name: str, value: float, expected: str = "a positive number", b
             )
     if not 0 < value < below:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+def check_of_tokens(name: str, x: Tensor, e: Tensor) -> None:
+    """x [N], a number for each token e [N, D], in the dtype of sums. Raises TypeError or ValueError."""
+    dtype = torch.promote_types(e.dtype, torch.float32)
+    if x.dtype != dtype:
+        raise TypeError(f"{name}: expected {dtype} for e of {e.dtype}, got {x.dtype}")
+    if x.shape != e.shape[:1]:
+        raise ValueError(f"{name}: expected [{len(e)}], one for each token, got {list(x.shape)}")
+    if x.device != e.device:
+        raise ValueError(f"{name}: expected {e.device} like e, got {x.device}")

@@ -13,7 +13,14 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cce_ext import IMPLS, LinearCrossEntropy, LinearCrossEntropyImpl, compute_z_loss, linear_cross_entropy
+from cce_ext import (
+    IMPLS,
+    LinearCrossEntropy,
+    LinearCrossEntropyImpl,
+    VocabParallelOptions,
+    compute_z_loss,
+    linear_cross_entropy,
+)
 from cce_ext.options import Options
 
 CCE = ["cce", "cce_exact", "cce_threshold"]
@@ -304,6 +311,7 @@ LEARNT = nn.Parameter(torch.tensor(30.0))
         ((E, C, T), {"shift": "a"}, TypeError, "shift: expected an integer or a bool, got 'a'"),
         ((E, C, T), {"shift": 4}, ValueError, "shift: expected 0 <= shift < 4, .* got 4"),
         ((E, C, T), {"shift": -1}, ValueError, "shift: .* got -1"),
+        ((E, C, T), {"vocab_parallel_options": (0, 20)}, TypeError, r"vocab_parallel_options: .*, got \(0, 20\)"),
         ((E, C, T), {"mean_group": 3}, TypeError, "mean_group: expected a process group or None, got int"),
         ((E, C, T), {"generator": 3}, TypeError, "generator: expected a torch.Generator or None, got int"),
     ],
@@ -346,6 +354,26 @@ def test_bad_methods(options, message):
         linear_cross_entropy(E, C, T, **options)
     with pytest.raises(ValueError, match=message):
         LinearCrossEntropy(**options)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    "options, exception, message",
+    [
+        ({"shift": -1}, ValueError, "shift: expected 0 <= shift, got -1"),
+        ({"shift": "a"}, TypeError, "shift: expected an integer or a bool, got 'a'"),
+        ({"vocab_parallel_options": "x"}, TypeError, "vocab_parallel_options: expected .* or None, got 'x'"),
+        ({"vocab_parallel_options": slice(0, 20)}, TypeError, "vocab_parallel_options: .*, got slice"),
+    ],
+)
+def test_a_module_refuses_what_no_call_could_take(impl, options, exception, message):
+    with pytest.raises(exception, match=message):
+        LinearCrossEntropy(impl=impl, **options)
+
+
+def test_a_module_takes_any_shift_and_rows():
+    module = LinearCrossEntropy(shift=True, vocab_parallel_options=VocabParallelOptions(3, 9))
+    assert module.options["shift"] is True and module.options["vocab_parallel_options"].stop == 9
 
 
 def test_filter_eps_that_is_no_number():
