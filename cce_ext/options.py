@@ -15,7 +15,7 @@ from torch import distributed as dist
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _is_fwd_grad_enabled, unpack_dual
 
-from .scalars import check_number, check_of_tokens, is_a
+from .scalars import check_flag, check_number, check_of_tokens, is_a
 
 if TYPE_CHECKING:
     from .vocab_parallel import VocabParallelOptions
@@ -202,12 +202,15 @@ def resolve_method(options: Options, dtype: torch.dtype) -> Method:
     """The method that a (not dense) impl and its filter options stand for, for e of dtype.
 
     filter_eps None, or no side to filter, is exact. Raises ValueError for an unknown impl or an eps out of the method's
-    range.
+    range, TypeError for what is no number and no bool.
     """
-    impl = _SYNONYMS.get(options.impl, options.impl)
+    impl = _SYNONYMS.get(options.impl, options.impl) if isinstance(options.impl, str) else ""
     if impl not in _METHODS:
         raise ValueError(f"impl: expected one of {', '.join((*IMPLS, *_SYNONYMS))}, got {options.impl!r}")
     name, filter_e, filter_c = _METHODS[impl]
+    if options.filter_e_grad is not True or options.filter_c_grad is not True:
+        check_flag("filter_e_grad", options.filter_e_grad)
+        check_flag("filter_c_grad", options.filter_c_grad)
     filter_e, filter_c = filter_e and options.filter_e_grad, filter_c and options.filter_c_grad
     filter_eps = options.filter_eps
     if isinstance(filter_eps, str):

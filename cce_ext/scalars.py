@@ -1,4 +1,4 @@
-"""Numbers, of a call or of each token: what they must be. Errors name the argument and what it was."""
+"""Numbers and flags, of a call or of each token: what they must be. Errors name the argument and what it was."""
 
 from __future__ import annotations
 
@@ -27,6 +27,12 @@ def check_number(name: str, value: float, expected: str = "a positive number", b
             )
     if not 0 < value < below:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raises TypeError for what no operator takes as a bool: text and collections. Numbers of any library are some."""
+    if not is_a(value, "__bool__"):
+        raise TypeError(f"{name}: expected a bool, got {value!r}")
 
 
 def check_of_tokens(name: str, x: Tensor, e: Tensor) -> None:

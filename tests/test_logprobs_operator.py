@@ -319,6 +319,7 @@ BAD = [
         r"logit_scale: expected a positive number, got a tensor of shape \[20",
     ),
     ({"impl": "fast"}, ValueError, "impl: expected one of .*, got 'fast'"),
+    ({"impl": []}, ValueError, r"impl: expected one of .*, got \[\]"),
     ({"filter_eps": 2.0}, ValueError, "filter_eps: the sampling eps must be in"),
     ({"shift": 20}, ValueError, "shift: expected 0 <= shift < 20"),
     ({"batch_invariant": 1}, TypeError, "batch_invariant: expected a bool, got 1"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from support.problems import Problem, peaked
@@ -342,6 +345,8 @@ def test_a_softcap_may_be_a_tensor_of_one_number(impl):
     "options, message",
     [
         ({"impl": "fast"}, "impl: expected one of cce, .*, got 'fast'"),
+        ({"impl": []}, r"impl: expected one of cce, .*, got \[\]"),
+        ({"impl": None}, "impl: expected one of cce, .*, got None"),
         ({"filter_eps": "low"}, "filter_eps: .* got 'low'"),
         ({"filter_eps": 0.0}, r"filter_eps: the sampling eps must be in \(0, 0.5\], got 0.0"),
         ({"filter_eps": 0.7}, "filter_eps: .* got 0.7"),
@@ -379,6 +384,17 @@ def test_a_module_takes_any_shift_and_rows():
 def test_filter_eps_that_is_no_number():
     with pytest.raises(TypeError, match=r"filter_eps: expected a number, 'auto' or None, got \[1\]"):
         linear_cross_entropy(E, C, T, filter_eps=[1])
+
+
+@pytest.mark.parametrize("impl", CCE)
+@pytest.mark.parametrize("name", ["filter_e_grad", "filter_c_grad"])
+def test_filters_that_are_no_flags(impl, name):
+    for value in ("x", "", [True], ()):
+        for call in (functools.partial(linear_cross_entropy, E, C, T), LinearCrossEntropy):
+            with pytest.raises(TypeError, match=rf"{name}: expected a bool, got {re.escape(repr(value))}"):
+                call(impl=impl, **{name: value})
+    for value in (0, 1, np.True_):
+        linear_cross_entropy(E, C, T, impl=impl, **{name: value})
 
 
 def test_apples_order_of_the_modules_options():
