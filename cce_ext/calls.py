@@ -116,7 +116,7 @@ def prepare(
             )
         from .distributed import localize
 
-        local = localize(e, c, targets, bias, weight, int(options.shift), temperature, target_weights, names)
+        local = localize(e, c, targets, bias, weight, check_shift(options.shift), temperature, target_weights, names)
         e, c, targets, bias, shard, from_local, seed_salt, weight, temperature, target_weights = local
 
     soft, pairs = None, None
