@@ -358,7 +358,7 @@ def _computed(
     plain = None if stats else loss_of(call, options)
     if plain is not None:
         loss, lse = plain
-        return LossStats(loss, call.of_positions(lse) if options.return_lse else None, None, None)
+        return LossStats(loss, call.of_positions(_changeable(lse)) if options.return_lse else None, None, None)
     weight, labels, ignore_index = call.weight, call.labels, options.ignore_index
     counts: Any = call.counts(ignore_index) if weight is not None or s else None
     logits = None
@@ -366,7 +366,8 @@ def _computed(
         dense = options.impl in DENSE
         rows, classes, logits = smoothing.with_weighted_logits(call.e, call.c, call.bias, weight, counts, dense)
         call = call._replace(e=rows, c=classes)
-    nll, lse, rows, argmax, z = outputs_of(call, options, softcap=softcap, stats=stats)
+    of_operator, lse, rows, argmax, z = outputs_of(call, options, softcap=softcap, stats=stats)
+    nll = of_operator
     correct = (argmax == labels) & call.counts(ignore_index) if stats & MAXIMUM else None
     entropy = rows[0].detach() if stats & ENTROPY else None
     if weight is not None or s:
@@ -374,6 +375,8 @@ def _computed(
     if call.soft is not None:
         nll = call.soft.loss(nll, lse, z, len(call.c), call.shard)
 
+    if options.reduction == "none" and nll is of_operator:
+        nll = _changeable(nll)
     if options.reduction != "mean":
         counts = None
     elif counts is None:
@@ -384,8 +387,16 @@ def _computed(
     if options.reduction == "none" or call.from_local is not None or has_others:
         nll, counts = call.of_positions(nll), None if counts is None else call.of_positions(counts)
     loss = reduce_tokens(nll, counts, options.reduction, options.mean_group)
-    of_tokens = (lse if options.return_lse else None, correct, entropy)
+    of_tokens = (_changeable(lse) if options.return_lse else None, correct, entropy)
     return LossStats(loss, *(None if x is None else call.of_positions(x) for x in of_tokens))
+
+
+def _changeable(x: Tensor) -> Tensor:
+    """x for users, who may change it in place: the operators keep theirs for the gradient."""
+    if not x.requires_grad:
+        return x
+    # Inductor drops a copy: what then changed x outside of the graph would make its gradient wrong without a word.
+    return x - 0.0 if torch.compiler.is_compiling() else x.clone()
 
 
 _OPERATOR_OPTIONS = [x.name for x in ops.linear_cross_entropy.default._schema.arguments][4:]

@@ -93,8 +93,9 @@ class _LceForward(torch.autograd.Function):
         has_entropy = bool(options.get("stats", 0) & ENTROPY)
         ctx.mark_non_differentiable(out.tile_map, out.argmax, *(() if has_entropy else (out.stats,)))
         ctx.set_materialize_grads(False)
-        stats = out.stats if has_entropy else None
-        ctx.save_for_backward(e, c, bias, targets, out.nll, out.lse, out.tile_map, stats, seed, scale)
+        # A copy: users may change theirs in place.
+        entropy = out.stats[0].clone() if has_entropy else None
+        ctx.save_for_backward(e, c, bias, targets, out.nll, out.lse, out.tile_map, entropy, seed, scale)
         ctx.options = {name: value for name, value in options.items() if name not in OF_FORWARD}
         return tuple(out)
 
@@ -102,8 +103,7 @@ class _LceForward(torch.autograd.Function):
     def backward(
         ctx: Any, g_nll: Tensor | None, g_lse: Tensor | None, g_map: None, g_stats: Tensor | None, g_argmax: None
     ) -> tuple[Tensor | None, ...]:
-        *saved, stats, seed, scale = ctx.saved_tensors
-        entropy = None if stats is None else stats[0]
+        *saved, entropy, seed, scale = ctx.saved_tensors
         ups = (g_nll, g_lse, None if g_stats is None or entropy is None else g_stats[0])
         d_e, d_c, d_bias = gradients(ups, (*saved, entropy, seed), scale, ctx.options, ctx.needs_input_grad[1:4])
         return None, d_e, d_c, d_bias, None, None, None, None

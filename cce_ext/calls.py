@@ -102,7 +102,7 @@ def prepare(
     shared_numbers: of n tokens and class weights, those of its sum_over_ranks.
     """
     ignore_index, weight = options.ignore_index, options.weight
-    check_ignore_index(ignore_index)
+    check_ignore_index(ignore_index, targets)
     # localize's from_local makes DTensors of what each rank has of the results.
     shard, from_local, seed_salt = None, None, 0
     if options.vocab_parallel_options is not None:
@@ -116,7 +116,7 @@ def prepare(
             )
         from .distributed import localize
 
-        local = localize(e, c, targets, bias, weight, int(options.shift), temperature, target_weights, names)
+        local = localize(e, c, targets, bias, weight, check_shift(options.shift), temperature, target_weights, names)
         e, c, targets, bias, shard, from_local, seed_salt, weight, temperature, target_weights = local
 
     soft, pairs = None, None

@@ -13,8 +13,9 @@ from ._ops import ops
 from .classifier import accumulate_dtype, live_rows
 from .kl_blocks import KINDS, Divergence, Head
 from .ops import autocast_inputs, empty_gradients, register_functional, without_autocast
-from .options import check_reduction, check_tensor, is_a
+from .options import check_reduction, check_tensor
 from .reduction import is_dtensor, reduce_tokens
+from .scalars import check_number
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _BETA = 0.5
@@ -172,19 +173,11 @@ def _check_numbers(
 ) -> None:
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-    _check_number("beta", beta, 1.0)
-    _check_number("temperature", temperature)
+    check_number("beta", beta, "a number in (0, 1)", 1.0)
+    check_number("temperature", temperature)
     for name, bound in (("student_softcap", softcap), ("teacher_softcap", teacher_softcap)):
         if bound is not None:
-            _check_number(name, bound)
-
-
-def _check_number(name: str, value: float, below: float | None = None) -> None:
-    expected = "a positive number" if below is None else f"a number in (0, {below:g})"
-    if not is_a(value, "__float__"):
-        raise TypeError(f"{name}: expected {expected}, got {value!r}")
-    if not 0 < value < (float("inf") if below is None else below):
-        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+            check_number(name, bound)
 
 
 def _checked(

@@ -23,9 +23,9 @@ from .options import (
     Options,
     check_softcap,
     check_tensors,
-    is_a,
     unwrapped,
 )
+from .scalars import check_number
 from .vocab_parallel import VocabParallelOptions
 
 _NAMES = Names("hidden", "weight")
@@ -130,7 +130,7 @@ def linear_logprobs(
     Source: the entropy's gradient and how it is sampled: docs/logprobs.md.
     """
     stats = _stats_of(outputs)
-    _check_positive("logit_scale", logit_scale)
+    check_number("logit_scale", logit_scale)
     check_softcap(softcap)
     check_tensors(hidden, weight, targets, bias, _NAMES)
     of_tokens, factor = None, None
@@ -138,7 +138,7 @@ def linear_logprobs(
         _check_temperature(temperature, targets)
         of_tokens = temperature
     else:
-        _check_positive("temperature", temperature)
+        check_number("temperature", temperature)
         factor = logit_scale / temperature
     if not isinstance(batch_invariant, bool):
         raise TypeError(f"batch_invariant: expected a bool, got {batch_invariant!r}")
@@ -186,13 +186,6 @@ def _stats_of(outputs: Collection[str]) -> int:
             raise ValueError(f"outputs: expected some of {expected}, got {name!r}")
         stats |= _STATS[name]
     return stats
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if not is_a(value, "__float__"):
-        raise TypeError(f"{name}: expected a positive number, got {value!r}")
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name}: expected a positive number, got {value!r}")
 
 
 def _check_temperature(temperature: Tensor, targets: Tensor) -> None:

@@ -21,8 +21,9 @@ from . import autograd, portable
 from ._ops import add_op_namespace_prefix, ops
 from .classifier import accumulate_dtype, label_logits
 from .labels import check_target_range, may_look_at
-from .options import MAXIMUM, STATS_ROWS, KernelOptions, check_inputs, check_of_tokens
+from .options import MAXIMUM, STATS_ROWS, KernelOptions, check_inputs
 from .sampling import CODE_WORDS, num_tiles
+from .scalars import check_of_tokens
 from .scan import check_scan_kernel, refuse_scan
 
 HAS_CUDA: bool = json.loads(ops.build_info())["cuda"]

@@ -15,6 +15,8 @@ from torch import distributed as dist
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _is_fwd_grad_enabled, unpack_dual
 
+from .scalars import check_flag, check_number, check_of_tokens, is_a
+
 if TYPE_CHECKING:
     from .vocab_parallel import VocabParallelOptions
 
@@ -105,6 +107,7 @@ class Options:
         """Raises ValueError and TypeError for options that no call could take."""
         check_ignore_index(self.ignore_index)
         check_reduction(self.reduction, self.mean_group)
+        check_shift(self.shift)
         check_return_stats(self.return_stats)
         check_generator(self.generator)
         check_softcap(self.softcap)
@@ -117,9 +120,11 @@ class Options:
             )
         if self.impl not in DENSE:
             resolve_method(self, torch.float32)
-        from .scan import check_scan  # which is of these options
+        from .scan import check_scan  # which is of these options, as the other is
+        from .vocab_parallel import check_options
 
         check_scan(self)
+        check_options(self.vocab_parallel_options)
 
 
 class GradientOptions(TypedDict, total=False):
@@ -197,12 +202,15 @@ def resolve_method(options: Options, dtype: torch.dtype) -> Method:
     """The method that a (not dense) impl and its filter options stand for, for e of dtype.
 
     filter_eps None, or no side to filter, is exact. Raises ValueError for an unknown impl or an eps out of the method's
-    range.
+    range, TypeError for what is no number and no bool.
     """
-    impl = _SYNONYMS.get(options.impl, options.impl)
+    impl = _SYNONYMS.get(options.impl, options.impl) if isinstance(options.impl, str) else ""
     if impl not in _METHODS:
         raise ValueError(f"impl: expected one of {', '.join((*IMPLS, *_SYNONYMS))}, got {options.impl!r}")
     name, filter_e, filter_c = _METHODS[impl]
+    if options.filter_e_grad is not True or options.filter_c_grad is not True:
+        check_flag("filter_e_grad", options.filter_e_grad)
+        check_flag("filter_c_grad", options.filter_c_grad)
     filter_e, filter_c = filter_e and options.filter_e_grad, filter_c and options.filter_c_grad
     filter_eps = options.filter_eps
     if isinstance(filter_eps, str):
@@ -229,17 +237,6 @@ def check_eps(method: str, eps: float, argument: str) -> None:
         raise ValueError(f"{argument}: the sampling eps must be in (0, 0.5], got {eps!r}")
     if method == "threshold" and not 0 < eps < 1:
         raise ValueError(f"{argument}: the threshold must be in (0, 1), got {eps!r}")
-
-
-def check_of_tokens(name: str, x: Tensor, e: Tensor) -> None:
-    """x [N], a number for each token e [N, D], in the dtype of sums. Raises TypeError or ValueError."""
-    dtype = torch.promote_types(e.dtype, torch.float32)
-    if x.dtype != dtype:
-        raise TypeError(f"{name}: expected {dtype} for e of {e.dtype}, got {x.dtype}")
-    if x.shape != e.shape[:1]:
-        raise ValueError(f"{name}: expected [{len(e)}], one for each token, got {_shape(x)}")
-    if x.device != e.device:
-        raise ValueError(f"{name}: expected {e.device} like e, got {x.device}")
 
 
 def check_generator(generator: torch.Generator | None, device: torch.device | None = None) -> None:
@@ -326,10 +323,8 @@ def unwrapped(x: Tensor) -> Tensor:
 
 def check_softcap(softcap: float | None) -> None:
     """Raises TypeError or ValueError for one that is no positive number. None is no softcap."""
-    if softcap is not None and not is_a(softcap, "__float__"):
-        raise TypeError(f"softcap: expected a positive number or None, got {softcap!r}")
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"softcap: expected a positive number or None, got {softcap!r}")
+    if softcap is not None:
+        check_number("softcap", softcap, "a positive number or None")
 
 
 def check_label_smoothing(label_smoothing: float, softcap: float | None) -> None:
@@ -367,11 +362,6 @@ def check_weight(weight: Tensor | None, c: Tensor | None = None) -> None:
         raise ValueError("weight: expected a plain tensor like c, got a DTensor; give its to_local()")
     if weight.device != c.device:
         raise ValueError(f"weight: expected {c.device} like e, got {weight.device}")
-
-
-def is_a(x: object, conversion: str) -> bool:
-    """Whether x is a number that has this conversion, of whatever library. Dynamo's symbolic numbers are not asked."""
-    return torch.compiler.is_compiling() or hasattr(x, conversion)
 
 
 def check_tensors(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, names: Names = NAMES) -> None:
@@ -426,21 +416,32 @@ def check_inputs(e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, nam
             raise ValueError(f"{name}: expected {e.device} like {names.e}, got {x.device}")
 
 
-def check_shift(shift: int, targets: Tensor) -> int:
-    """shift as an int in [0, T), T being the targets' last dimension. Raises ValueError for one outside of it."""
+def check_shift(shift: int, targets: Tensor | None = None) -> int:
+    """shift as an int in [0, T), T the targets' last dimension, without them any. Raises TypeError, ValueError."""
     if not is_a(shift, "__index__"):
         raise TypeError(f"shift: expected an integer or a bool, got {shift!r}")
     shift = int(shift)
+    if targets is None:
+        if shift < 0:
+            raise ValueError(f"shift: expected 0 <= shift, got {shift}")
+        return shift
     length = targets.shape[-1] if targets.dim() else 0
     if shift != 0 and not 0 <= shift < length:
         raise ValueError(f"shift: expected 0 <= shift < {length}, the last dimension of targets, got {shift}")
     return shift
 
 
-def check_ignore_index(ignore_index: int | None) -> None:
-    """Raises TypeError for one that is neither an integer nor None."""
-    if ignore_index is not None and not is_a(ignore_index, "__index__"):
+def check_ignore_index(ignore_index: int | None, targets: Tensor | None = None) -> None:
+    """Raises TypeError for one that is neither an integer nor None, ValueError for one that no target can have.
+
+    In 32 bits such a number would be compared, without a word, as what its low half is.
+    """
+    if ignore_index is None:
+        return
+    if not is_a(ignore_index, "__index__"):
         raise TypeError(f"ignore_index: expected an integer or None, got {ignore_index!r}")
+    if targets is not None and targets.dtype == torch.int32 and not -(2**31) <= ignore_index < 2**31:
+        raise ValueError(f"ignore_index: expected a number of int32, which targets are, or None, got {ignore_index}")
 
 
 def _shape(x: Tensor) -> list[int]:

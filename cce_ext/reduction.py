@@ -10,7 +10,7 @@ from torch import distributed as dist
 
 from . import vocab_parallel
 from .labels import that_count
-from .options import check_reduction, check_shift, check_tensor
+from .options import check_ignore_index, check_reduction, check_shift, check_tensor
 
 
 def compute_z_loss(
@@ -36,16 +36,18 @@ def compute_z_loss(
         A scalar, or lse's shape for "none", in lse's dtype.
 
     Raises:
-        TypeError: what is no tensor.
+        TypeError: what is no tensor or no integer.
         ValueError: shapes or options.
     """
     check_reduction(reduction, mean_group)
     check_tensor("lse", lse)
+    if targets is not None:
+        check_tensor("targets", targets)
+    check_ignore_index(ignore_index, targets)
     z_loss = lse.square()
     if targets is None:
         counts = torch.ones_like(lse, dtype=torch.bool)
     else:
-        check_tensor("targets", targets)
         if is_dtensor(targets) and not is_dtensor(lse):
             raise ValueError("targets: expected a plain tensor like lse, got a DTensor; give its to_local()")
         shift = check_shift(shift, targets)

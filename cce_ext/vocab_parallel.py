@@ -93,8 +93,15 @@ class VocabShard(NamedTuple):
     reduce_e_grad: bool
 
 
+def check_options(options: VocabParallelOptions | None) -> None:
+    """Raises TypeError for what is not as a VocabParallelOptions, be it another copy's of the package. None is none."""
+    if options is not None and not all(hasattr(options, x) for x in ("start", "stop", "group", "reduce_e_grad")):
+        raise TypeError(f"vocab_parallel_options: expected VocabParallelOptions or None, got {options!r}")
+
+
 def shard_of(options: VocabParallelOptions) -> VocabShard:
-    """This rank's shard. Raises what torch.distributed does where the process is not of the group."""
+    """This rank's shard. Raises TypeError for other options, what torch.distributed does outside of the group."""
+    check_options(options)
     group = dist.group.WORLD if options.group is None else options.group
     assert group is not None
     return VocabShard(

@@ -179,6 +179,14 @@ WRONG = {
     "student_softcap: expected a positive number, got 0": {"student_softcap": 0},
     "teacher_softcap: expected a positive number, got -3.0": {"teacher_softcap": -3.0},
     "reduction: expected one of mean, sum, none, got 'batchmean'": {"reduction": "batchmean"},
+    r"student_softcap: expected a positive number, got a tensor of shape \[2\]": {"student_softcap": torch.ones(2)},
+    **{
+        f"{name}: expected a .*number.*, got a tensor that requires a gradient: it is given none": {
+            name: torch.tensor(0.5, requires_grad=True),
+            "kind": "jsd",
+        }
+        for name in ("beta", "temperature", "student_softcap", "teacher_softcap")
+    },
 }
 
 

@@ -292,6 +292,7 @@ def test_batch_invariant_results_are_right(device):
 # ---- errors ----
 
 
+LEARNT = nn.Parameter(torch.tensor(3.0))
 BAD = [
     ({"outputs": ("entropy", "perplexity")}, ValueError, "outputs: expected some of entropy, .*, got 'perplexity'"),
     ({"outputs": "entropy"}, TypeError, "outputs: expected a tuple of some of .*, got 'entropy'"),
@@ -308,7 +309,17 @@ BAD = [
     ({"logit_scale": None}, TypeError, "logit_scale: expected a positive number, got None"),
     ({"softcap": -3.0}, ValueError, "softcap: expected a positive number or None, got -3.0"),
     ({"softcap": float("inf")}, ValueError, "softcap: expected a positive number or None, got inf"),
+    ({"softcap": LEARNT}, ValueError, "softcap: expected a positive number or None, got a tensor that requires a"),
+    ({"softcap": LEARNT, "temperature": torch.ones(20)}, ValueError, "softcap: .*, got a tensor that requires a"),
+    ({"logit_scale": LEARNT}, ValueError, "logit_scale: expected a positive number, got a tensor that requires a"),
+    ({"logit_scale": LEARNT, "temperature": torch.ones(20)}, ValueError, "logit_scale: .*, got a tensor that requires"),
+    (
+        {"logit_scale": torch.ones(20)},
+        ValueError,
+        r"logit_scale: expected a positive number, got a tensor of shape \[20",
+    ),
     ({"impl": "fast"}, ValueError, "impl: expected one of .*, got 'fast'"),
+    ({"impl": []}, ValueError, r"impl: expected one of .*, got \[\]"),
     ({"filter_eps": 2.0}, ValueError, "filter_eps: the sampling eps must be in"),
     ({"shift": 20}, ValueError, "shift: expected 0 <= shift < 20"),
     ({"batch_invariant": 1}, TypeError, "batch_invariant: expected a bool, got 1"),

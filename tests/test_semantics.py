@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from support.problems import Problem, peaked
@@ -13,7 +16,14 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from cce_ext import IMPLS, LinearCrossEntropy, LinearCrossEntropyImpl, compute_z_loss, linear_cross_entropy
+from cce_ext import (
+    IMPLS,
+    LinearCrossEntropy,
+    LinearCrossEntropyImpl,
+    VocabParallelOptions,
+    compute_z_loss,
+    linear_cross_entropy,
+)
 from cce_ext.options import Options
 
 CCE = ["cce", "cce_exact", "cce_threshold"]
@@ -233,6 +243,12 @@ def test_z_loss_errors():
     ):
         with pytest.raises(TypeError, match=message):
             compute_z_loss(lse, targets)
+    for targets in (None, torch.tensor([0, 1])):
+        for ignore_index in (1.5, "x"):
+            with pytest.raises(TypeError, match=f"ignore_index: expected an integer or None, got {ignore_index!r}"):
+                compute_z_loss(torch.zeros(2), targets, ignore_index=ignore_index)
+    with pytest.raises(ValueError, match="ignore_index: expected a number of int32, .*, got 1099511627776"):
+        compute_z_loss(torch.zeros(2), torch.tensor([0, 1], dtype=torch.int32), ignore_index=2**40)
 
 
 def test_function_and_module_take_the_options():
@@ -264,6 +280,7 @@ def test_label_logits_against_a_gather(device):
 
 
 E, C, T, B = torch.randn(4, 8), torch.randn(20, 8), torch.tensor([0, 1, 2, 3]), torch.randn(20)
+LEARNT = nn.Parameter(torch.tensor(30.0))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -289,10 +306,15 @@ E, C, T, B = torch.randn(4, 8), torch.randn(20, 8), torch.tensor([0, 1, 2, 3]), 
         ((E, C, T), {"reduction": "max"}, ValueError, "reduction: .* got 'max'"),
         ((E, C, T), {"softcap": 0.0}, ValueError, "softcap: .* got 0.0"),
         ((E, C, T), {"softcap": "30"}, TypeError, "softcap: .* got '30'"),
+        ((E, C, T), {"softcap": LEARNT}, ValueError, "softcap: .* got a tensor that requires a gradient: it is given"),
+        ((E, C, T), {"softcap": torch.ones(2)}, ValueError, r"softcap: .* or None, got a tensor of shape \[2\]"),
         ((E, C, T), {"ignore_index": "x"}, TypeError, "ignore_index: expected an integer or None, got 'x'"),
+        ((E, C, T.int()), {"ignore_index": 2**31}, ValueError, "ignore_index: .* int32.*, got 2147483648"),
+        ((E, C, T.int()), {"ignore_index": -(2**40), "shift": 1}, ValueError, "ignore_index: .*, got -1099511627776"),
         ((E, C, T), {"shift": "a"}, TypeError, "shift: expected an integer or a bool, got 'a'"),
         ((E, C, T), {"shift": 4}, ValueError, "shift: expected 0 <= shift < 4, .* got 4"),
         ((E, C, T), {"shift": -1}, ValueError, "shift: .* got -1"),
+        ((E, C, T), {"vocab_parallel_options": (0, 20)}, TypeError, r"vocab_parallel_options: .*, got \(0, 20\)"),
         ((E, C, T), {"mean_group": 3}, TypeError, "mean_group: expected a process group or None, got int"),
         ((E, C, T), {"generator": 3}, TypeError, "generator: expected a torch.Generator or None, got int"),
     ],
@@ -302,10 +324,29 @@ def test_mistakes_name_the_argument(impl, args, options, exception, message):
         linear_cross_entropy(*args, impl=impl, **options)
 
 
+@pytest.mark.parametrize("impl", EAGER)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_int32_has_every_ignore_index_of_its_own(impl, shift):
+    for ignore_index in (-(2**31), 2**31 - 1):
+        targets = torch.tensor([0, 1, ignore_index, 3], dtype=torch.int32)
+        options = {"shift": shift, "reduction": "none", "impl": impl}
+        loss = linear_cross_entropy(E, C, targets, ignore_index=ignore_index, **options)
+        assert torch.equal(loss, linear_cross_entropy(E, C, torch.tensor([0, 1, -100, 3]), **options))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_softcap_may_be_a_tensor_of_one_number(impl):
+    for softcap in (LEARNT.detach(), LEARNT.detach()[None]):
+        loss = linear_cross_entropy(E, C, T, softcap=softcap, impl=impl)
+        torch.testing.assert_close(loss, linear_cross_entropy(E, C, T, softcap=30.0, impl=impl))
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"impl": "fast"}, "impl: expected one of cce, .*, got 'fast'"),
+        ({"impl": []}, r"impl: expected one of cce, .*, got \[\]"),
+        ({"impl": None}, "impl: expected one of cce, .*, got None"),
         ({"filter_eps": "low"}, "filter_eps: .* got 'low'"),
         ({"filter_eps": 0.0}, r"filter_eps: the sampling eps must be in \(0, 0.5\], got 0.0"),
         ({"filter_eps": 0.7}, "filter_eps: .* got 0.7"),
@@ -320,9 +361,40 @@ def test_bad_methods(options, message):
         LinearCrossEntropy(**options)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    "options, exception, message",
+    [
+        ({"shift": -1}, ValueError, "shift: expected 0 <= shift, got -1"),
+        ({"shift": "a"}, TypeError, "shift: expected an integer or a bool, got 'a'"),
+        ({"vocab_parallel_options": "x"}, TypeError, "vocab_parallel_options: expected .* or None, got 'x'"),
+        ({"vocab_parallel_options": slice(0, 20)}, TypeError, "vocab_parallel_options: .*, got slice"),
+    ],
+)
+def test_a_module_refuses_what_no_call_could_take(impl, options, exception, message):
+    with pytest.raises(exception, match=message):
+        LinearCrossEntropy(impl=impl, **options)
+
+
+def test_a_module_takes_any_shift_and_rows():
+    module = LinearCrossEntropy(shift=True, vocab_parallel_options=VocabParallelOptions(3, 9))
+    assert module.options["shift"] is True and module.options["vocab_parallel_options"].stop == 9
+
+
 def test_filter_eps_that_is_no_number():
     with pytest.raises(TypeError, match=r"filter_eps: expected a number, 'auto' or None, got \[1\]"):
         linear_cross_entropy(E, C, T, filter_eps=[1])
+
+
+@pytest.mark.parametrize("impl", CCE)
+@pytest.mark.parametrize("name", ["filter_e_grad", "filter_c_grad"])
+def test_filters_that_are_no_flags(impl, name):
+    for value in ("x", "", [True], ()):
+        for call in (functools.partial(linear_cross_entropy, E, C, T), LinearCrossEntropy):
+            with pytest.raises(TypeError, match=rf"{name}: expected a bool, got {re.escape(repr(value))}"):
+                call(impl=impl, **{name: value})
+    for value in (0, 1, np.True_):
+        linear_cross_entropy(E, C, T, impl=impl, **{name: value})
 
 
 def test_apples_order_of_the_modules_options():

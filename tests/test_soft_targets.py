@@ -372,6 +372,12 @@ E, C, T, W = torch.randn(4, 8), torch.randn(20, 8), torch.zeros(4, 3).long(), to
         (T, {"target_weights": W.to("meta")}, ValueError, "target_weights: expected cpu like targets, got meta"),
         (T.float(), {"target_weights": W}, TypeError, "targets: expected int64 or int32, got torch.float32"),
         (T, {"target_weights": W, "weight": torch.ones(20)}, ValueError, "weight: expected None with target_weights"),
+        (
+            T.int(),
+            {"target_weights": W, "ignore_index": 2**31, "shift": 1},
+            ValueError,
+            "ignore_index: .*, got 2147",
+        ),
         (T, {"target_weights": W, "label_smoothing": 0.1}, ValueError, "label_smoothing: expected 0 with target_w"),
     ],
     ids=str,

@@ -173,6 +173,8 @@ def test_other_mistakes_of_dtensors(mesh, mesh_2d, ranks):
     q = distribute(p, mesh, [S(1)], [R], [S(1)])
     with pytest.raises(ValueError, match="shift: expected 0 where the tokens' last dimension stays sharded .* got 1"):
         linear_cross_entropy(q.e, q.c, q.targets, shift=1)
+    with pytest.raises(TypeError, match="shift: expected an integer or a bool, got 'a'"):
+        linear_cross_entropy(q.e, q.c, q.targets, shift="a")
     with pytest.raises(ValueError, match="vocab_parallel_options: expected None where"):
         linear_cross_entropy(q.e, q.c, q.targets, vocab_parallel_options=VocabParallelOptions(0, 1))
     with pytest.raises(ValueError, match="bias: expected a DTensor like c"):
