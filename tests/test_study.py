@@ -19,7 +19,7 @@ TINY = (
     *("layers=1", "width=16", "heads=2", "context=32", "eval_tokens=128", "final_eval_tokens=256"),
     *("pretrain.batch=4", "pretrain.steps=12", "small_batch.batch=2", "small_batch.steps=7"),
     *("finetune.batch=2", "finetune.steps=6"),
-    *("policy.prompts=4", "policy.group=4", "policy.prompt=8", "policy.completion=8", "policy.steps=12"),
+    *("policy.prompts=4", "policy.group=4", "policy.prompt=8", "policy.completion=8", "policy.steps=20"),
     *("policy.lr=0.1", "policy.eval_batches=2"),
 )
 
@@ -460,7 +460,7 @@ def test_policy(study: ModuleType, data: Path, tmp_path: Path, capsys: pytest.Ca
         assert of["baseline", seed]["entropy"][:3] == pytest.approx(exact["entropy"][:3], abs=1e-3)
         assert of["cce@2^-1", seed]["reward"][0] == exact["reward"][0]
         assert of["cce@2^-1", seed]["entropy"][1] != exact["entropy"][1]
-        assert len(exact["reward"]) == 12 and all(r["final_reward"] > r["reward"][0] + 0.1 for r in of.values())
+        assert len(exact["reward"]) == 20 and all(r["final_reward"] > r["reward"][0] + 0.1 for r in of.values())
     assert of["cce_exact", 0]["reward"] != of["cce_exact", 1]["reward"]
 
     both = tmp_path / "both.json"
