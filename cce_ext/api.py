@@ -13,7 +13,7 @@ from torch import distributed as dist
 
 from . import smoothing, soft_targets
 from ._ops import ops
-from .calls import loss_of, outputs_of, prepare
+from .calls import changeable, loss_of, outputs_of, prepare
 from .ops import register_composite
 from .options import (
     DENSE,
@@ -358,7 +358,7 @@ def _computed(
     plain = None if stats else loss_of(call, options)
     if plain is not None:
         loss, lse = plain
-        return LossStats(loss, call.of_positions(_changeable(lse)) if options.return_lse else None, None, None)
+        return LossStats(loss, call.of_positions(changeable(lse)) if options.return_lse else None, None, None)
     weight, labels, ignore_index = call.weight, call.labels, options.ignore_index
     counts: Any = call.counts(ignore_index) if weight is not None or s else None
     logits = None
@@ -376,7 +376,7 @@ def _computed(
         nll = call.soft.loss(nll, lse, z, len(call.c), call.shard)
 
     if options.reduction == "none" and nll is of_operator:
-        nll = _changeable(nll)
+        nll = changeable(nll)
     if options.reduction != "mean":
         counts = None
     elif counts is None:
@@ -387,16 +387,8 @@ def _computed(
     if options.reduction == "none" or call.from_local is not None or has_others:
         nll, counts = call.of_positions(nll), None if counts is None else call.of_positions(counts)
     loss = reduce_tokens(nll, counts, options.reduction, options.mean_group)
-    of_tokens = (_changeable(lse) if options.return_lse else None, correct, entropy)
+    of_tokens = (changeable(lse) if options.return_lse else None, correct, entropy)
     return LossStats(loss, *(None if x is None else call.of_positions(x) for x in of_tokens))
-
-
-def _changeable(x: Tensor) -> Tensor:
-    """x for users, who may change it in place: the operators keep theirs for the gradient."""
-    if not x.requires_grad:
-        return x
-    # Inductor drops a copy: what then changed x outside of the graph would make its gradient wrong without a word.
-    return x - 0.0 if torch.compiler.is_compiling() else x.clone()
 
 
 _OPERATOR_OPTIONS = [x.name for x in ops.linear_cross_entropy.default._schema.arguments][4:]

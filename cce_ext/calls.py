@@ -155,6 +155,14 @@ def prepare(
     return Call(*of_tokens, shape, shift, shard, from_local, seed_salt, may_train)
 
 
+def changeable(x: Tensor) -> Tensor:
+    """x for users, who may change it in place: the operators keep theirs for the gradient."""
+    if not x.requires_grad:
+        return x
+    # Inductor drops a copy: what then changed x outside of the graph would make its gradient wrong without a word.
+    return x - 0.0 if torch.compiler.is_compiling() else x.clone()
+
+
 def outputs_of(
     call: Call,
     options: Options,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .calls import Call, outputs_of, prepare
+from .calls import Call, changeable, outputs_of, prepare
 from .classifier import accumulate_dtype
 from .labels import may_look_at
 from .ops import register_composite
@@ -163,16 +163,15 @@ def linear_logprobs(
     found: dict[str, Tensor] = {}
     for i, name in enumerate(("entropy", "log_sum_sq_probs", "mean_logits")):
         if name in outputs:
-            found[name] = rows[i] if name == "entropy" else rows[i].detach()
+            found[name] = changeable(rows[i]) if name == "entropy" else rows[i].detach()
     if "is_top1" in outputs:
         found["is_top1"] = (argmax == call.labels) & call.counts(ignore_index)
     if "max_logprob" in outputs:
         found["max_logprob"] = (rows[3] - lse).detach()
     shaped = {name: call.of_positions(x) for name, x in found.items()}
     # Not -nll, which would make -0.0 of what is ignored.
-    return LogProbs(
-        call.of_positions(0.0 - nll), call.of_positions(lse), *(shaped.get(name) for name in LogProbs._fields[2:])
-    )
+    logprobs, lse = call.of_positions(0.0 - nll), call.of_positions(changeable(lse))
+    return LogProbs(logprobs, lse, *(shaped.get(name) for name in LogProbs._fields[2:]))
 
 
 def _stats_of(outputs: Collection[str]) -> int:

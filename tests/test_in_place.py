@@ -80,14 +80,23 @@ def test_log_sum_exps(impl, reduction, more, device):
 def test_log_probabilities_and_statistics(impl, temperature, device):
     p = problem(33, device, nan=impl != "reference")
 
-    def results() -> tuple[Tensor, Tensor]:
+    def results() -> tuple[Tensor, ...]:
         outputs = ("entropy", "log_sum_sq_probs", "mean_logits", "max_logprob", "is_top1")
         out = linear_logprobs(*(p.e, p.c, p.targets, p.bias), temperature=temperature, outputs=outputs, impl=impl)
         for x in out[3:]:
             x.zero_()
-        return out.logprobs, out.entropy
+        return out[:3]
 
     compare(p, results)
+
+
+def test_an_entropy_that_is_used_before_other_statistics_change():
+    p = problem(33)
+    out = linear_logprobs(p.e, p.c, p.targets, p.bias, outputs=("entropy", "log_sum_sq_probs", "mean_logits"))
+    total = out.entropy.square().sum()
+    for x in out.log_sum_sq_probs, out.mean_logits:
+        x.zero_()
+    assert torch.autograd.grad(total, p.e)[0].any()
 
 
 @pytest.mark.parametrize("kind", ["forward", "jsd"])
@@ -100,14 +109,18 @@ def test_divergences(kind, device):
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("changed_inside", [True, False])
-def test_in_a_graph(backend, changed_inside):
+@pytest.mark.parametrize("of", [linear_cross_entropy, linear_logprobs])
+def test_in_a_graph(backend, changed_inside, of):
     """Of a copy, which inductor drops, the gradient would be wrong without a word where the graph ends before."""
     torch._dynamo.reset()
     p = problem(33)
 
     @torch.compile(backend=backend, fullgraph=True)
     def results() -> tuple[Tensor, ...]:
-        out = linear_cross_entropy(p.e, p.c, p.targets, p.bias, reduction="none", return_lse=True)
+        if of is linear_logprobs:
+            out = linear_logprobs(p.e, p.c, p.targets, p.bias, outputs=("entropy",))[:3]
+        else:
+            out = linear_cross_entropy(p.e, p.c, p.targets, p.bias, reduction="none", return_lse=True)
         return tuple(x.mul_(2.0) for x in out) if changed_inside else out
 
     compare(p, results)
