@@ -194,7 +194,7 @@ def all_reduce_bytes(n: int, d: int, ranks: int) -> float:
 
 
 def memory_bytes(n: int, d: int, rows: int, ranks: int) -> float:
-    """On a rank, in bf16: c and e with their gradients, and the most that is there beside them: docs/faq.md, "Limits".
+    """On a rank, in bf16: c and e with their gradients, and the most that is there beside them: docs/faq.md, "Memory".
 
     That is what the backward needs, or the gradient of e once more, which an all-reduce returns.
     """
