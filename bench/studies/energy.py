@@ -2,10 +2,10 @@
 
     python -m bench.studies.energy [--shape llama3] [--calls mm cce kl_forward ..] [--seconds 3] [--out FILE.json]
 
-A call is repeated for --seconds and the GPU's own counter of energy (NVML) is read before and after, so that the clocks
-are those of a card that has reached its power limit, as in training. That is another state than that of
-`python -m bench`, where each call has pauses around it: figures of the two are not to be mixed. A divergence's teacher
-has the student's shape. bf16, lm inputs. Needs a GPU.
+A call is repeated for --seconds, the next one as soon as the last has ended, and the GPU's own counter of energy (NVML)
+is read before and after. Calls come in the order of --calls, the product first, when the card is coolest. That is
+another state than that of `python -m bench`, where each call has pauses around it and all take turns: figures of the
+two are not to be mixed. A divergence's teacher has the student's shape. bf16, lm inputs. Needs a GPU.
 """
 
 from __future__ import annotations
@@ -136,7 +136,11 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("PyTorch finds no GPU")
-    counter = EnergyCounter()
+    try:
+        counter = EnergyCounter()
+        counter.millijoules()
+    except (OSError, RuntimeError) as error:
+        parser.error(f"the GPU does not tell its energy: {error}")
     rows = [row for shape in args.shape for row in of_shape(shape, args.calls, args.seconds, counter)]
     print(f"{'shape':<10} {'call':<22} {'ms':>9} {'x mm':>6} {'J':>9} {'x mm':>6} {'W':>5}")
     for r in rows:
