@@ -152,6 +152,11 @@ def prepare_text(args: argparse.Namespace) -> int:
     return 0
 
 
+def without_folder(argument: str) -> str:
+    """An absolute path as its name: a results file says nothing of the machine's folders."""
+    return Path(argument).name if argument.startswith("/") else argument
+
+
 def run(args: argparse.Namespace, argv: list[str]) -> int:
     study = Study(
         data=load(args.data),
@@ -162,7 +167,11 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         compiled=args.compile,
         problem=args.problem,
     )
-    study.open(command=shlex.join(["python", "research/study.py", *argv]), commit=args.commit, phases=args.phases)
+    study.open(
+        command=shlex.join(["python", "research/study.py", *map(without_folder, argv)]),
+        commit=args.commit,
+        phases=args.phases,
+    )
     if args.problem and args.problem.run in study.done():
         sys.exit(f"error: --save-problem: {args.out} holds this run, which is not run again: name another --out")
     status = study.run(args.phases, args.impls, args.seeds, args.budget_seconds)

@@ -445,6 +445,21 @@ def test_committed_results(file):
     assert "NaN" not in text and "Infinity" not in text
 
 
+@pytest.mark.parametrize(
+    ("argument", "kept"),
+    [
+        ("/a/b.json", "b.json"),
+        ("--out=/a/b.json", "--out=b.json"),
+        ("results/b.json", "results/b.json"),
+        ("saved:a/b.pt", "saved:b.pt"),
+        ("--data=saved:/a/b.pt", "--data=saved:b.pt"),
+        ("--repeats=3", "--repeats=3"),
+    ],
+)
+def test_a_command_names_no_folder_of_the_machine(argument, kept):
+    assert origin.without_folder(argument) == kept
+
+
 def test_energy_of_calls(monkeypatch):
     class Counter:
         def __init__(self):

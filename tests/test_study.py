@@ -450,6 +450,7 @@ def test_policy(study: ModuleType, data: Path, tmp_path: Path, capsys: pytest.Ca
     file, second = tmp_path / "study.json", tmp_path / "second.json"
     common = ("--phases", "policy", "--seeds", "0", "1")
     result = run(study, data, file, *common, "--impls", "cce_exact", "cce@2^-1", "apple")
+    assert "--out study.json" in result["sessions"][0]["command"] and str(tmp_path) not in json.dumps(result)
     assert result["sessions"][0]["left_out"]["policy apple"] == "it has no log-probabilities with entropies"
     file.with_suffix(".pt").rename(second.with_suffix(".pt"))
     dense = run(study, data, second, *common, "--impls", "baseline")

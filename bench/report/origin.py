@@ -51,9 +51,12 @@ def machine(device: str, module: str, commit: str | None = None) -> dict[str, An
 
 
 def without_folder(argument: str) -> str:
-    """saved:FOLDER/FILE, with an option's name before it or not, as saved:FILE; any other argument as it is."""
+    """saved:FOLDER/FILE as saved:FILE, and an absolute path as its name, with an option's name before it or not."""
     option, saved, file = argument.partition("saved:")
-    return option + saved + Path(file).name if saved else argument
+    if not saved:
+        option, equals, file = argument.rpartition("=")
+        option += equals
+    return option + saved + Path(file).name if saved or file.startswith("/") else argument
 
 
 _CLOCKS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.draw", "power.limit", "temperature.gpu")

@@ -120,7 +120,7 @@ def of_shape(shape: shapes.Shape, names: list[str], seconds: float, counter: Ene
     rows: list[Row] = []
     for method in tqdm(dict.fromkeys(("mm", *names)), desc=name, leave=False):
         found = measure(known[method], seconds, counter)
-        mm = rows[0] if rows else {**found}
+        mm = rows[0] if rows else found
         ratios = {f"x_mm_{k}": found[k] / mm[k] for k in ("runtime_ms", "joules")}
         rows.append({"shape": name, "n": n, "d": d, "v": v, "method": method, **found, **ratios})
     return rows
